@@ -1,0 +1,45 @@
+# `make demo` and `make test` are all the set-up there is: the first call makes .venv, later ones re-use it.
+#   ARGS='...'           passed on: make test ARGS='-k sophia', make demo ARGS='--steps-scale 0.05'
+#   PYTHON=python3.12    the Python that .venv is made with; naming another one than before makes .venv anew
+
+.PHONY: help demo test lint clean
+
+# Named after the Python, so that another PYTHON is another stamp. PYTHON not given: any finished .venv will do.
+ifeq ($(origin PYTHON),undefined)
+INSTALLED := $(firstword $(wildcard .venv/.installed-*) .venv/.installed-python3)
+else
+INSTALLED := .venv/.installed-$(subst /,-,$(PYTHON))
+endif
+PYTHON ?= python3
+
+help:
+	@echo "make demo   train a small model, grow it, train on; CPU only, no download"
+	@echo "make test   run the CPU test-suite"
+	@echo "make lint   ruff: rules and format"
+	@echo "make clean  remove .venv and what builds and tests leave behind"
+
+demo: $(INSTALLED)
+	.venv/bin/growkit demo $(ARGS)
+
+# Coverage is asked of the whole suite only: a selection would always miss the limit.
+test: $(INSTALLED)
+	.venv/bin/pytest $(or $(ARGS),--cov)
+
+lint: $(INSTALLED)
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
+
+# Another Python's stamp: that .venv goes. torch comes first and alone, so that nothing after it picks another torch.
+$(INSTALLED): pyproject.toml setup.py Makefile
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "growkit needs Python 3.10 or newer, and '$(PYTHON)' is not: name another, make ... PYTHON=python3.12"; exit 1; }
+	$(if $(filter-out $@,$(wildcard .venv/.installed-*)),rm -rf .venv)
+	$(PYTHON) -m venv .venv || \
+		{ echo "'$(PYTHON) -m venv .venv' failed; on Debian and Ubuntu it needs: apt install python3-venv"; exit 1; }
+	.venv/bin/pip install torch==2.13.0
+	.venv/bin/pip install 'setuptools>=77'
+	.venv/bin/pip install --no-build-isolation -e '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf .venv build dist growkit.egg-info .coverage .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,284 @@
+"""The contract: every operator of growkit with its schema, its fake, its autograd formula and who implements it.
+
+Schemas live in Python so that the package is whole without any binary. `reference` serves every device; a faster
+implementation registers itself for one dispatch key on top. Equations, shapes and dtypes stand in the docstrings of
+the implementations. Eager code calls the Python functions of this module, which skip the dispatcher for ops on long
+lists; `torch.ops.growkit.*` serves `torch.compile`, export and `opcheck`.
+"""
+
+import functools
+
+import torch
+
+from growkit import plan, reference
+
+_library = torch.library.Library("growkit", "DEF")
+
+
+def _define(schema, implementation, fake):
+    """Register one op: its schema, the implementation that serves every device, and its shape rules."""
+    name = schema.partition("(")[0]
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"growkit::{name}", fake, lib=_library)
+
+
+def _in_place(schema, implementation, fake):
+    """`_define` for an op on lists of tensors, which autograd does not see. Returns the function to call."""
+    _define(schema, implementation, fake)
+    op = getattr(torch.ops.growkit, schema.partition("(")[0].partition(".")[0])
+
+    @functools.wraps(implementation)
+    def call(*args, **kwargs):
+        # Dispatch of a few hundred tensors costs more than one launch: only a tracer pays for it.
+        return (op if torch.compiler.is_compiling() else implementation)(*args, **kwargs)
+
+    return call
+
+
+def check_alike(op, like, **lists):
+    """Raise unless each list has the length of `like`, and each tensor the shape and device of its partner there."""
+    for name, tensors in lists.items():
+        if len(tensors) != len(like):
+            raise ValueError(f"{op}: {name} has {len(tensors)} tensors, expected {len(like)}")
+        for i, (t, p) in enumerate(zip(tensors, like, strict=True)):
+            if t.shape != p.shape or t.device != p.device:
+                raise ValueError(
+                    f"{op}: {name}[{i}] has shape {tuple(t.shape)} on {t.device}, "
+                    f"expected {tuple(p.shape)} on {p.device}"
+                )
+
+
+# --- Sophia ----------------------------------------------------------------------------------------------------------
+
+
+def _sophia_step_fake(p, g, m, h, master=None, unclipped=None, *, denominator="add", **scalars):
+    check_alike("sophia_step_", p, g=g, m=m, h=h, **({"master": master} if master else {}))
+    torch._check_value(
+        denominator in ("add", "max"), lambda: f"sophia_step_: denominator is {denominator!r}, expected 'add' or 'max'"
+    )
+
+
+_SOPHIA_STEP = (
+    "(Tensor(a!)[] p, Tensor[] g, Tensor(b!)[] m, Tensor[] h, Tensor(c!)[]? master=None, Tensor(d!)? unclipped=None, *,"
+    " {lr} lr, float beta1, float rho_bs, float eps, float weight_decay, str denominator='add', bool maximize=False,"
+    " Tensor? scale=None, Tensor? skip=None, Tensor? step=None, int? seed=None, int[] parameter=[], int[] offset=[])"
+    " -> ()"
+)
+_define("sophia_step_.tensor_lr" + _SOPHIA_STEP.format(lr="Tensor"), reference.sophia_step_, _sophia_step_fake)
+sophia_step_ = _in_place("sophia_step_" + _SOPHIA_STEP.format(lr="float"), reference.sophia_step_, _sophia_step_fake)
+
+gnb_ema_ = _in_place(
+    "gnb_ema_(Tensor(a!)[] h, Tensor[] g, Tensor? scale=None, Tensor? skip=None, *, float beta2) -> ()",
+    reference.gnb_ema_,
+    lambda h, g, scale=None, skip=None, *, beta2: check_alike("gnb_ema_", h, g=g),
+)
+
+
+def _hutchinson_ema_fake(h, hu, u=None, scale=None, skip=None, *, parameter=(), **key):
+    check_alike("hutchinson_ema_", h, hu=hu, **({} if u is None else {"u": u}))
+    torch._check_value(
+        u is not None or len(parameter) == len(h),
+        lambda: f"hutchinson_ema_: without u, parameter needs {len(h)} indices, got {len(parameter)}",
+    )
+
+
+hutchinson_ema_ = _in_place(
+    "hutchinson_ema_(Tensor(a!)[] h, Tensor[] hu, Tensor[]? u=None, Tensor? scale=None, Tensor? skip=None, *,"
+    " float beta2, int seed=0, int refresh=0, int[] parameter=[], int[] offset=[]) -> ()",
+    reference.hutchinson_ema_,
+    _hutchinson_ema_fake,
+)
+
+
+def _rademacher_fake(u, *, seed, refresh, parameter, offset=()):
+    torch._check_value(
+        len(parameter) == len(u),
+        lambda: f"rademacher_: parameter has {len(parameter)} indices, expected {len(u)}",
+    )
+
+
+rademacher_ = _in_place(
+    "rademacher_(Tensor(a!)[] u, *, int seed, int refresh, int[] parameter, int[] offset=[]) -> ()",
+    reference.rademacher_,
+    _rademacher_fake,
+)
+
+
+def _sampled_nll_fake(logits, mask=None, *, seed, refresh, row=0):
+    torch._check_value(
+        logits.dim() == 2 and logits.is_floating_point(),
+        lambda: f"sampled_nll: logits have shape {tuple(logits.shape)} and {logits.dtype}, expected floats [rows, V]",
+    )
+    torch._check_value(
+        mask is None or (mask.dtype == torch.bool and mask.shape == logits.shape[:1]),
+        lambda: f"sampled_nll: mask has shape {tuple(mask.shape)} and {mask.dtype}, expected bool [{len(logits)}]",
+    )
+    lse = logits.new_empty(len(logits), dtype=torch.promote_types(logits.dtype, torch.float32))
+    return lse.new_empty(()), lse.new_empty(len(logits), dtype=torch.int64), lse
+
+
+_define(
+    "sampled_nll(Tensor logits, Tensor? mask=None, *, int seed, int refresh, int row=0) -> (Tensor, Tensor, Tensor)",
+    reference.sampled_nll,
+    _sampled_nll_fake,
+)
+_define(
+    "sampled_nll_backward(Tensor grad, Tensor logits, Tensor labels, Tensor lse) -> Tensor",
+    reference.sampled_nll_backward,
+    lambda grad, logits, labels, lse: torch.empty_like(logits),
+)
+
+
+def _sampled_nll_setup(ctx, inputs, keyword_only_inputs, output):
+    _, labels, lse = output
+    ctx.save_for_backward(inputs[0], labels, lse)
+    ctx.mark_non_differentiable(labels, lse)
+
+
+torch.library.register_autograd(
+    "growkit::sampled_nll",
+    lambda ctx, grad, *_: (torch.ops.growkit.sampled_nll_backward(grad, *ctx.saved_tensors), None),
+    setup_context=_sampled_nll_setup,
+    lib=_library,
+)
+
+
+def sampled_nll(logits, mask=None, *, seed, refresh, row=0):
+    _sampled_nll_fake(logits, mask, seed=seed, refresh=refresh, row=row)
+    return torch.ops.growkit.sampled_nll(logits, mask, seed=seed, refresh=refresh, row=row)
+
+
+sampled_nll.__doc__ = reference.sampled_nll.__doc__
+
+
+# kron_expand
+
+
+def kron_expand(W, B=None, A=None, w=None, *, B_kind="dense", A_kind="dense", sharing="model"):
+    """Grow a stack of matrices: W_new[l2] = sum_l1 w[l2,l1] B W[l1] A^T      (LiGO, arXiv:2303.00980, eq. 8, Alg. 1)
+
+    Equal to w (x) (B (x) A) applied to the row-major W, without forming that matrix.
+
+    W: [L1, o1, i1]      small weights, floating point
+    B: row map; None is the identity. A: column map, the same with i for o. By `B_kind` (`A_kind`):
+       "dense"           [o2, o1]
+       "identity_top"    [o2-o1, o1], the C of [I; C]
+       "copy"            [o2] int64: new row j is old row B[j]; no gradient, exact to the bit
+    w: [L2, L1] or None  depth map; None leaves the layers alone
+    sharing: "model"; or maps with a leading axis, one per large layer ("target", applied after the mix) or one per
+       small layer ("source", before it). Two-dimensional maps are always shared.
+    Returns [L2, o2, i2]. All floating point arguments have one dtype, which is the dtype of the result.
+
+    Gradients for W, B, A and w (first derivatives only): G is mixed first, then every product runs on L1 layers.
+    Cost: `growkit.plan` counts all legal orders and the cheapest one runs; the training forward keeps one
+    intermediate. Deterministic on CPU. Raises ValueError where shapes do not chain or dtypes, devices or kinds differ.
+    """
+    kron_axes(W, B, A, w, B_kind, A_kind, sharing)
+    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (W, B, A, w))
+    return torch.ops.growkit.kron_expand(W, B, A, w, B_kind, A_kind, sharing, keep)[0]
+
+
+def kron_axes(W, B, A, w, B_kind, A_kind, sharing):
+    """Check the arguments of `kron_expand` and return what the planner takes: L1, L2 or None, axis B, axis A."""
+    if W.ndim != 3 or not W.is_floating_point():
+        raise ValueError(f"kron_expand: W must be floating point [L1, o1, i1], got {W.dtype} {list(W.shape)}")
+    if sharing not in ("model", "target", "source"):
+        raise ValueError(f"kron_expand: sharing must be 'model', 'target' or 'source', got {sharing!r}")
+    L1, L2 = W.shape[0], None if w is None else w.shape[0]
+    if w is not None and (w.ndim != 2 or w.shape[1] != L1):
+        raise ValueError(f"kron_expand: w must be [L2, {L1}] for W {list(W.shape)}, got {list(w.shape)}")
+
+    def axis(name, M, kind, small):
+        if M is None:
+            return plan.Axis("identity", small, small)
+        if kind not in ("dense", "identity_top", "copy"):
+            raise ValueError(f"kron_expand: {name}_kind must be 'dense', 'identity_top' or 'copy', got {kind!r}")
+        layers = L1 if sharing == "source" or L2 is None else L2
+        shapes = [["new"]] if kind == "copy" else [["new", small]] + [[layers, "new", small]] * (sharing != "model")
+        if not any(M.ndim == len(s) and all(b in ("new", a) for a, b in zip(M.shape, s, strict=True)) for s in shapes):
+            wanted = " or ".join(str(s).replace("'", "") for s in shapes)
+            raise ValueError(
+                f"kron_expand: {name} ({kind}, sharing {sharing!r}) must be {wanted} for W {list(W.shape)}, "
+                f"got {list(M.shape)}"
+            )
+        large = M.shape[0] if kind == "copy" else M.shape[-2] + (small if kind == "identity_top" else 0)
+        return plan.Axis(kind, small, large, sharing if M.ndim == 3 else "model")
+
+    result = L1, L2, axis("B", B, B_kind, W.shape[1]), axis("A", A, A_kind, W.shape[2])
+    for name, x, kind in (("B", B, B_kind), ("A", A, A_kind), ("w", w, "")):
+        dtype = torch.int64 if kind == "copy" else W.dtype
+        if x is not None and (x.dtype != dtype or x.device != W.device):
+            raise ValueError(f"kron_expand: {name} must be {dtype} on {W.device} as W is, got {x.dtype} on {x.device}")
+    return result
+
+
+def _kron_order(*arguments):
+    L1, L2, B, A = kron_axes(*arguments)
+    return plan.best_order(
+        int(L1),
+        None if L2 is None else int(L2),
+        B._replace(small=int(B.small), large=int(B.large)),
+        A._replace(small=int(A.small), large=int(A.large)),
+    )
+
+
+def _kron_expand(W, B, A, w, B_kind, A_kind, sharing, keep):
+    order = _kron_order(W, B, A, w, B_kind, A_kind, sharing)
+    W_new, last = reference.kron_expand(W, B, A, w, B_kind, A_kind, order)
+    if not order:  # an op returns no alias of its input
+        W_new = W.clone(memory_format=torch.contiguous_format)
+    return W_new, last if keep and len(order) > 1 else W.new_empty(0)
+
+
+def _kron_expand_fake(W, B, A, w, B_kind, A_kind, sharing, keep):
+    L1, L2, rows, columns = kron_axes(W, B, A, w, B_kind, A_kind, sharing)
+    order = _kron_order(W, B, A, w, B_kind, A_kind, sharing)
+    small = {"D": L1, "B": rows.small, "A": columns.small}
+    large = {"D": L1 if L2 is None else L2, "B": rows.large, "A": columns.large}
+    if keep and len(order) > 1:
+        last = W.new_empty([(small if step == order[-1] else large)[step] for step in "DBA"])
+    else:
+        last = W.new_empty(0)
+    return W.new_empty([large[step] for step in "DBA"]), last
+
+
+def _kron_expand_backward(G, W, B, A, w, last, B_kind, A_kind, sharing, needs):
+    order = _kron_order(W, B, A, w, B_kind, A_kind, sharing)
+    if not order:
+        return [G.clone(memory_format=torch.contiguous_format)]
+    return reference.kron_expand_backward(G, W, B, A, w, last, B_kind, A_kind, order, needs)
+
+
+def _kron_expand_backward_fake(G, W, B, A, w, last, B_kind, A_kind, sharing, needs):
+    return [x.new_empty(x.shape) for x, needed in zip((W, B, A, w), needs, strict=True) if needed]
+
+
+def _kron_save(ctx, inputs, output):
+    W, B, A, w, *ctx.options, _ = inputs
+    ctx.save_for_backward(W, B, A, w, output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _kron_gradients(ctx, G, _):
+    if torch.is_grad_enabled():
+        raise RuntimeError("kron_expand: second derivatives are not implemented (create_graph=True)")
+    W, B, A, w, last = ctx.saved_tensors
+    needs = list(ctx.needs_input_grad[:4])
+    found = iter(torch.ops.growkit.kron_expand_backward(G, W, B, A, w, last, *ctx.options, needs))
+    return *(next(found) if needed else None for needed in needs), None, None, None, None
+
+
+_define(
+    "kron_expand(Tensor W, Tensor? B, Tensor? A, Tensor? w, str B_kind, str A_kind, str sharing, bool keep)"
+    " -> (Tensor, Tensor)",
+    _kron_expand,
+    _kron_expand_fake,
+)
+_define(
+    "kron_expand_backward(Tensor G, Tensor W, Tensor? B, Tensor? A, Tensor? w, Tensor last, str B_kind, str A_kind,"
+    " str sharing, bool[] needs) -> Tensor[]",
+    _kron_expand_backward,
+    _kron_expand_backward_fake,
+)
+torch.library.register_autograd("growkit::kron_expand", _kron_gradients, setup_context=_kron_save, lib=_library)

@@ -1,0 +1,178 @@
+"""Curvature estimates and their schedule: when a refresh is due, on which batch, and how it leaves no other trace.
+
+Estimators leave their result in `.grad`: the gradient of the sampled-label loss (GNB), or the Hessian-vector product
+(Hutchinson). The optimizer's `update_hessian` folds it into `h`.
+"""
+
+import contextlib
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from growkit import ops
+
+
+def is_due(group):
+    """Whether a refresh follows the next step: after 1, 1+k, 1+2k, ... ("paper") or k, 2k, ... ("official")."""
+    every = group["every"] or 10
+    return (group["steps"] + 1) % every == (1 % every if group["phase"] == "paper" else 0)
+
+
+class Attachment:
+    """Remembers the model's last training inputs, so that the optimizer can run a refresh by itself."""
+
+    def __init__(self, optimizer, model, options):
+        self.optimizer, self.model, self.options = optimizer, model, options
+        self.inputs = self.autocast = None
+        self._hook = model.register_forward_pre_hook(self._remember, with_kwargs=True)
+
+    def __getstate__(self):
+        """A copy or a file of the model carries the hook, but neither the optimizer nor a batch: it does nothing."""
+        return {"optimizer": None, "inputs": None}
+
+    def _remember(self, model, args, kwargs):
+        if self.optimizer is None:
+            return
+        if model.training and torch.is_grad_enabled() and not self.optimizer._refreshing:
+            self.inputs = args, kwargs
+            device = next(model.parameters()).device.type
+            self.autocast = {
+                "device_type": device,
+                "dtype": torch.get_autocast_dtype(device),
+                "enabled": torch.is_autocast_enabled(device),
+            }
+
+    def refresh(self):
+        with torch.autocast(**self.autocast):
+            run(self.optimizer, self.model, [self.inputs], **self.options)
+
+    def remove(self):
+        self._hook.remove()
+
+
+def as_call(batch):
+    """A batch as (args, kwargs) of the model: a dict is passed by keyword, a tuple or list by position."""
+    if isinstance(batch, dict):
+        return (), batch
+    return (tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)), {}
+
+
+def run(optimizer, model, calls, **options):
+    """Estimate the curvature on `calls` (list of (args, kwargs)) and fold it into the optimizer's `h`.
+
+    Training gradients, buffers that a forward changes (BatchNorm) and the random state are as before afterwards.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if torch.distributed.get_world_size() > 1:
+            raise RuntimeError("curvature refresh: not supported over more than one process in this version")
+    optimizer._refreshing = True
+    try:
+        with _undisturbed(model, optimizer), torch.enable_grad():
+            count = optimizer._estimate(model, calls, optimizer._refresh_key(), **options)
+            optimizer._fold(count)
+    finally:
+        optimizer._refreshing = False
+
+
+@contextlib.contextmanager
+def _undisturbed(model, optimizer):
+    params = list(dict.fromkeys([*model.parameters(), *(p for g in optimizer.param_groups for p in g["params"])]))
+    grads = [p.grad for p in params]
+    # Kept and restored without asking whether they changed: BatchNorm does not count its writes in `_version`.
+    buffers = [(m, k, b, b.clone()) for m in model.modules() for k, b in m._buffers.items() if b is not None]
+    with torch.random.fork_rng(devices={p.device.index for p in params if p.is_cuda}):
+        try:
+            for p in params:
+                p.grad = None
+            yield
+        finally:
+            for p, grad in zip(params, grads, strict=True):
+                p.grad = grad
+            with torch.no_grad():
+                for module, name, buffer, value in buffers:
+                    module._buffers[name] = buffer.copy_(value)
+
+
+def gnb(model, calls, key, *, logits=None, mask=None, loss=None):
+    """Gauss-Newton-Bartlett: leave in `.grad` the gradient of the *summed* NLL of labels sampled from the model.
+
+    With ghat = grad / N, the gradient of the mean NLL of N labels, E[N*ghat^2] is the diagonal of the Gauss-Newton
+    matrix of the mean loss (Sophia, arXiv:2305.14342, Algorithm 2). Returns N, a 0-d tensor.
+    """
+    count, row = 0, 0
+    for args, kwargs in calls:
+        if loss is None:
+            # The true labels only say which positions count: without them the model computes no loss of its own.
+            output = model(*args, **{k: v for k, v in kwargs.items() if k not in ("labels", "num_items_in_batch")})
+            z, counts = _scored(model, _logits(output) if logits is None else logits(output), args, kwargs, mask)
+            nll, labels, _ = ops.sampled_nll(z.flatten(0, -2), counts, row=row, **key)
+            n = (labels != -100).sum()
+            row += len(labels)
+        else:
+            nll, n = loss(model(*args, **kwargs))
+        (nll * n).backward()
+        count = count + torch.as_tensor(n)
+    return count
+
+
+def _logits(output):
+    z = getattr(output, "logits", output[0] if isinstance(output, (tuple, list)) else output)
+    if not isinstance(z, torch.Tensor) or z.dim() < 2 or not z.is_floating_point():
+        raise TypeError(
+            f"curvature refresh: the model returned {type(output).__name__} without logits [..., V]; "
+            "pass logits=callable(output)"
+        )
+    if z.shape[-1] < 2:
+        raise ValueError(
+            f"curvature refresh: logits have shape {tuple(z.shape)}, expected at least 2 classes to sample from; "
+            "pass loss=callable(output) returning (loss of labels drawn from the model, number of labels)"
+        )
+    return z
+
+
+def _scored(model, z, args, kwargs, mask):
+    """The logits that the training loss scores, and a bool mask [rows] of them (None: all)."""
+    labels = kwargs.get("labels")
+    counts = mask(args, kwargs) if mask is not None else None if labels is None else labels != -100
+    # transformers' causal models shift inside: position t is scored against label t+1, the last one against nothing.
+    if mask is None and z.dim() > 2 and getattr(model, "loss_type", "") in (None, "ForCausalLM"):
+        if counts is None and kwargs.get("attention_mask") is not None:
+            counts = kwargs["attention_mask"] != 0
+        z, counts = z[..., :-1, :], None if counts is None else counts[..., 1:]
+    if counts is not None and counts.shape != z.shape[:-1]:
+        raise ValueError(
+            f"curvature refresh: the mask of labels has shape {tuple(counts.shape)}, expected {tuple(z.shape[:-1])}; "
+            "pass mask=callable(args, kwargs)"
+        )
+    return z, None if counts is None else counts.flatten()
+
+
+def hutchinson(model, calls, key, params, *, loss=None):
+    """Hutchinson: leave Hu in `.grad`, H the Hessian of the mean loss over `calls`, u the Rademacher probe of `key`.
+
+    E[u*(Hu)] is the diagonal of H (Sophia, arXiv:2305.14342, Algorithm 1). Reverse over reverse, so every operator of
+    the model must be twice differentiable: attention runs in its plain mathematical form, compiled modules eagerly.
+    """
+    indices, params = zip(*((i, p) for i, p in enumerate(params) if p.requires_grad), strict=True)
+    u = [torch.empty_like(p) for p in params]
+    ops.rademacher_([torch.view_as_real(t) if t.is_complex() else t for t in u], parameter=indices, **key)
+    for args, kwargs in calls:
+        with sdpa_kernel(SDPBackend.MATH), torch.compiler.set_stance("force_eager"):
+            output = model(*args, **kwargs)
+            value = _loss(output) if loss is None else loss(output)
+            first = torch.autograd.grad(value / len(calls), params, create_graph=True, allow_unused=True)
+        # A silent zero would hide missing curvature, so a parameter outside the loss is an error.
+        if missing := [i for i, g in zip(indices, first, strict=True) if g is None or not g.requires_grad]:
+            raise ValueError(f"Hutchinson refresh: the loss has no second derivative in parameters {missing}")
+        for p, hu in zip(params, torch.autograd.grad(first, params, u), strict=True):
+            p.grad = hu if p.grad is None else p.grad + hu
+
+
+def _loss(output):
+    value = getattr(output, "loss", None)
+    if value is None:
+        raise TypeError(
+            f"Hutchinson refresh: the model returned {type(output).__name__} without a loss; "
+            "pass labels to the model, or loss=callable(output)"
+        )
+    return value

@@ -1,0 +1,555 @@
+"""SophiaG and SophiaH as torch optimizers: parameter groups, state, one op call per bucket of equal dtypes and device.
+
+The update and the refreshes are `growkit.ops`; when to refresh, and on what, is `growkit.optim.curvature`.
+"""
+
+import warnings
+from collections import defaultdict
+
+import torch
+from torch.optim import Optimizer
+
+from growkit import ops
+from growkit.optim import curvature
+
+_FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.complex64, torch.complex128)
+
+
+class _Sophia(Optimizer):
+    """What SophiaG and SophiaH share: everything but the denominator and the curvature estimate.
+
+    A group's `steps` counts its step() calls and `refreshes` its curvature refreshes: together with `every`, `phase`
+    and `seed` they are the whole schedule, and survive state_dict, pickling and distributed checkpoints as group keys.
+    """
+
+    def __init__(self, params, defaults, *, foreach, fused, capturable, differentiable):
+        # foreach is accepted for loaders that always pass it; every step is one call on lists of tensors anyway.
+        flags = {"foreach": foreach, "fused": fused, "capturable": capturable, "differentiable": differentiable}
+        schedule = {"every": 0, "phase": "paper", "steps": 0, "refreshes": 0}
+        self._reset_runtime()
+        super().__init__(params, {**defaults, **flags, **schedule})
+
+    def _reset_runtime(self):
+        """What belongs to this process and is not saved: the attached model, counts, warnings given."""
+        self._attachment = None
+        self._refreshing = False
+        self._since_refresh = 0
+        self._unclipped = {}  # device -> number of unclipped elements in the last counted step
+        self._counted = 0
+        self._skipped = 0
+        self._reported = None  # copies of both for the host, made at a refresh and read at the next one
+        self._warned = set()
+
+    def add_param_group(self, param_group):
+        if self.param_groups:  # one schedule for all groups
+            schedule = {key: self.param_groups[0][key] for key in ("every", "phase", "steps", "refreshes")}
+            param_group = {**schedule, **param_group} if isinstance(param_group, dict) else param_group
+        super().add_param_group(param_group)
+        try:
+            self._check_group(self.param_groups[-1])
+        except Exception:
+            self.param_groups.pop()
+            raise
+
+    def _check_group(self, group):
+        for flag in ("fused", "capturable", "differentiable"):
+            if group[flag]:
+                raise RuntimeError(f"{flag}=True is not supported by {type(self).__name__} in this version")
+        lr = group["lr"]
+        if isinstance(lr, torch.Tensor) and lr.numel() != 1:
+            raise ValueError(f"Tensor lr must be 1-element, got shape {tuple(lr.shape)}")
+        for name, called in (("lr", "learning rate"), ("rho", "rho"), ("weight_decay", "weight_decay"), ("eps", "eps")):
+            if not 0 <= float(group[name]) < float("inf"):
+                raise ValueError(f"Invalid {called}: {group[name]}, expected a finite number >= 0")
+        self._check_bs(group["bs"])
+        if len(group["betas"]) != 2:
+            raise ValueError(f"Invalid betas: {group['betas']}, expected two numbers")
+        if not isinstance(group["seed"], int):
+            raise TypeError(f"Invalid seed: {group['seed']!r}, expected an integer")
+        for i, beta in enumerate(group["betas"]):
+            if not 0 <= beta < 1:
+                raise ValueError(f"Invalid beta parameter at index {i}: {beta}, expected 0 <= beta < 1")
+        if group["bf16_update"] not in ("stochastic", "master", "nearest"):
+            raise ValueError(
+                f"Invalid bf16_update: {group['bf16_update']!r}, expected 'stochastic', 'master' or 'nearest'"
+            )
+        for i, p in enumerate(group["params"]):
+            if p.dtype not in _FLOATS:
+                raise TypeError(f"parameter {i} has dtype {p.dtype}, expected one of {', '.join(map(str, _FLOATS))}")
+            if p.dtype == torch.bfloat16 and group["bf16_update"] == "nearest":
+                self._warn_once(
+                    "nearest",
+                    "bf16_update='nearest' loses updates below half a bf16 step of the parameter, weight decay among "
+                    "them; 'stochastic' and 'master' keep them",
+                )
+
+    def _check_bs(self, bs):
+        if not 0 < bs < float("inf"):
+            raise ValueError(f"Invalid bs: {bs}, expected a finite number of labels > 0")
+
+    def _warn_once(self, key, message):
+        if key not in self._warned:
+            self._warned.add(key)
+            warnings.warn(message, stacklevel=3)
+
+    # --- state ---
+
+    def _ensure_state(self, group):
+        """Make the state of each parameter that has a gradient. `step` is one tensor, shared by the whole group."""
+        known = [self.state[p]["step"] for p in group["params"] if "step" in self.state.get(p, ())]
+        step = known[0] if known else torch.tensor(0.0)
+        for p in group["params"]:
+            if p.grad is None:
+                continue
+            state = self.state[p]
+            if not state:
+                wide = {"dtype": _state_dtype(p), "memory_format": torch.preserve_format}
+                state["step"] = step
+                state["exp_avg"], state["hessian"] = torch.zeros_like(p, **wide), torch.zeros_like(p, **wide)
+            if p.dtype == torch.bfloat16 and group["bf16_update"] == "master" and "master" not in state:
+                state["master"] = p.detach().to(torch.float32, copy=True)
+
+    def _check_gradients(self):
+        """Raise for any gradient or state that a step could not use, before anything has changed."""
+        name = type(self).__name__
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                if p.grad.layout != torch.strided:
+                    raise RuntimeError(f"{name} does not support sparse gradients")
+                state = self.state.get(p)
+                if state:
+                    tensors = {k: [v] for k, v in state.items() if k != "step"}
+                    ops.check_alike(name, [p], grad=[p.grad], **tensors)
+
+    def _groups(self):
+        """Yield (index of the group's first parameter among all, group)."""
+        first = 0
+        for group in self.param_groups:
+            yield first, group
+            first += len(group["params"])
+
+    def _buckets(self, first, group, *names, probes=None):
+        """Yield {"p", "g", *names, "u": lists of tensors, "parameter": indices} per device and dtypes, complex as real.
+
+        A list whose tensors do not exist is empty.
+        """
+        buckets = defaultdict(lambda: defaultdict(list))
+        for i, p in enumerate(group["params"], first):
+            if p.grad is None:
+                continue
+            bucket, state = buckets[p.device, p.dtype, p.grad.dtype], self.state[p]
+            bucket["parameter"].append(i)
+            tensors = {"p": p, "g": p.grad, **{n: state[n] for n in names if n in state}}
+            if probes is not None:
+                tensors["u"] = probes[p]
+            for name, t in tensors.items():
+                bucket[name].append(torch.view_as_real(t) if t.is_complex() else t)
+        return buckets.values()
+
+    def load_state_dict(self, state_dict):
+        """Load a state dict of this class or of the official Sophia, old files with `gamma` included.
+
+        State keeps its own dtype (float32 for bfloat16 parameters), which `Optimizer.load_state_dict` would cast.
+        Group keys that the file lacks, and the schedule of an attached optimizer if the file has none, keep the values
+        of this optimizer. Raises ValueError, with nothing changed, if the state does not fit the parameters.
+        """
+        loaded = {}
+
+        def complete(_, state_dict):
+            self._check_state(state_dict)
+            loaded.update(state_dict, param_groups=self._completed_groups(state_dict["param_groups"]))
+            return loaded
+
+        # Registered last, so that it sees what the user's own hooks make of the file.
+        hook = self.register_load_state_dict_pre_hook(complete)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            hook.remove()
+        for p, state in self._pairs(loaded).values():
+            for key, value in state.items():
+                if key != "step" and torch.is_tensor(value):
+                    self.state[p][key] = value.to(p.device, _state_dtype(p), copy=True)
+
+    def _completed_groups(self, groups):
+        groups = [dict(group) for group in groups]
+        for own, group in zip(self.param_groups, groups, strict=False):
+            for key in ("bs", "rho"):
+                if key not in group and not (key == "rho" and "gamma" in group):
+                    warnings.warn(f"the loaded file has no {key}: keeping {key}={own[key]}", stacklevel=5)
+            if not group.get("every"):
+                group |= {"every": own["every"], "phase": own["phase"]}
+            for key in self.defaults:
+                group.setdefault(key, own[key])
+            if "gamma" in group:
+                group["rho"] = group.pop("gamma") / group["bs"]
+        return groups
+
+    def _pairs(self, state_dict):
+        """{index in the file: (parameter, its state in the file)}, of those that have state."""
+        indices = [i for group in state_dict["param_groups"] for i in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        state = state_dict["state"]
+        return {i: (p, state[i]) for i, p in zip(indices, params, strict=False) if state.get(i)}
+
+    def _check_state(self, state_dict):
+        for i, (p, state) in self._pairs(state_dict).items():
+            if missing := {"step", "exp_avg", "hessian"} - state.keys():
+                raise ValueError(f"state of parameter {i} has {sorted(state)}, expected {sorted(missing)} as well")
+            for key, value in state.items():
+                if key != "step" and torch.is_tensor(value) and value.shape != p.shape:
+                    raise ValueError(
+                        f"state {key} of parameter {i} has shape {tuple(value.shape)}, expected {tuple(p.shape)}"
+                    )
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        if "_attachment" not in self.__dict__:
+            self._reset_runtime()
+        for group in self.param_groups:
+            for key, value in self.defaults.items():
+                group.setdefault(key, value)
+        self._share_steps()
+
+    def _share_steps(self):
+        for group in self.param_groups:
+            states = [self.state[p] for p in group["params"] if "step" in self.state.get(p, ())]
+            if states:
+                step = torch.tensor(max(float(s["step"]) for s in states))
+                for s in states:
+                    s["step"] = step
+
+    # --- update ---
+
+    @torch.no_grad()
+    def step(self, closure=None, bs=None):
+        """Update every parameter that has a gradient; on an attached optimizer, refresh the curvature when it is due.
+
+        closure: recomputes the loss, returned. bs: overrides the group's `bs` for this step, as in the official code;
+        on an attached optimizer, whose `h` is stored in units of the group's, another value raises ValueError.
+        Sparse gradients raise RuntimeError, gradients or state of another shape or device ValueError; nothing has
+        changed then.
+        """
+        if bs is not None:
+            self._check_bs(bs)
+            for group in self.param_groups if self._attachment else ():
+                if bs != group["bs"]:
+                    raise ValueError(f"step(bs={bs}) on an optimizer attached with bs={group['bs']}: expected no bs")
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._check_gradients()
+        self._update(bs)
+        self._follow_schedule()
+        return loss
+
+    def _update(self, bs):
+        counting = curvature.is_due(self.param_groups[0])
+        if counting:
+            self._unclipped, self._counted = {}, 0
+        for first, group in self._groups():
+            self._ensure_state(group)
+            states = [self.state[p] for p in group["params"] if p.grad is not None]
+            if states:
+                states[0]["step"] += 1
+            names = ("exp_avg", "hessian", "master") if group["bf16_update"] == "master" else ("exp_avg", "hessian")
+            for bucket in self._buckets(first, group, *names):
+                p, count = bucket["p"], None
+                if counting:
+                    zero = torch.zeros((), dtype=torch.int64, device=p[0].device)
+                    count = self._unclipped.setdefault(p[0].device, zero)
+                    self._counted += sum(t.numel() for t in p)
+                stochastic = p[0].dtype == torch.bfloat16 and group["bf16_update"] == "stochastic"
+                ops.sophia_step_(
+                    p,
+                    bucket["g"],
+                    bucket["exp_avg"],
+                    bucket["hessian"],
+                    bucket["master"] or None,
+                    count,
+                    lr=group["lr"],
+                    beta1=group["betas"][0],
+                    rho_bs=group["rho"] * (group["bs"] if bs is None else bs),
+                    eps=group["eps"],
+                    weight_decay=group["weight_decay"],
+                    denominator=self._denominator,
+                    maximize=group["maximize"],
+                    step=states[0]["step"],
+                    seed=group["seed"] if stochastic else None,
+                    parameter=bucket["parameter"],
+                )
+
+    @torch._dynamo.disable
+    def _follow_schedule(self):
+        attachment, group = self._attachment, self.param_groups[0]
+        self._since_refresh += 1
+        # A step with no forward before it (a checkpoint library making the state) is not one of the schedule.
+        if attachment is None or attachment.inputs is not None:
+            due = attachment is not None and curvature.is_due(group)
+            for each in self.param_groups:
+                each["steps"] += 1
+            if due:
+                attachment.refresh()
+            if attachment is not None:
+                attachment.inputs = None
+        if group["every"] and attachment is None:
+            self._warn_once(
+                "detached",
+                f"{type(self).__name__} was attached with every={group['every']}, but this copy is attached to no "
+                "model: call attach(model) again, or h stays as it is",
+            )
+        elif self._since_refresh > 2 * (group["every"] or 10) and (attachment or not group["refreshes"]):
+            self._warn_once(
+                "no refresh",
+                f"{type(self).__name__} took {self._since_refresh} steps without a curvature refresh, so it is no "
+                "second-order method: call attach(model), refresh(model, batches) or update_hessian()",
+            )
+
+    # --- curvature ---
+
+    def attach(self, model, every=10, *, phase="paper", **options):
+        """Let step() refresh the curvature by itself, on the model's last training batch, with no change to the loop.
+
+        model: the module whose forward is called in training. every: steps between refreshes. phase: "paper" refreshes
+        after steps 1, 1+every, ...; "official" after every, 2*every, .... options: those of `refresh`.
+        The refresh is one more forward and backward of that batch. `h` is kept so that rho*bs*h = rho*EMA(N*g^2) for
+        N labels, whatever `bs` is. Raises RuntimeError if already attached; `detach` undoes it.
+        """
+        if self._attachment is not None:
+            raise RuntimeError("attach: this optimizer is attached already, call detach() first")
+        if not isinstance(model, torch.nn.Module):
+            raise TypeError(f"attach: model is {type(model).__name__}, expected a torch.nn.Module")
+        if not isinstance(every, int) or every < 1:
+            raise ValueError(f"attach: every={every!r}, expected an integer >= 1")
+        if phase not in ("paper", "official"):
+            raise ValueError(f"attach: phase={phase!r}, expected 'paper' or 'official'")
+        self._check_options(options)
+        for group in self.param_groups:
+            group.update(every=every, phase=phase)
+        self._attachment = curvature.Attachment(self, model, options)
+
+    def detach(self):
+        """Undo `attach`: step() refreshes no more."""
+        if self._attachment is not None:
+            self._attachment.remove()
+            self._attachment = None
+            for group in self.param_groups:
+                group["every"] = 0
+
+    def refresh(self, model, batches, **options):
+        """Refresh the curvature now, on all of `batches` (an iterable of model inputs), as one estimate.
+
+        A dict is passed to the model by keyword, a tuple or list by position. Gradients, buffers and the random state
+        are as before afterwards. A refresh that is not finite is skipped and counted in `stats()`.
+        """
+        self._check_options(options)
+        calls = [curvature.as_call(batch) for batch in batches]
+        if not calls:
+            raise ValueError("refresh: batches is empty, expected at least one batch")
+        curvature.run(self, model, calls, **options)
+
+    def _check_options(self, options):
+        for name, value in options.items():
+            if name not in self._options:
+                raise TypeError(f"{type(self).__name__} has no refresh option {name!r}, expected {self._options}")
+            if value is not None and not callable(value):
+                raise TypeError(f"{name} is {type(value).__name__}, expected a callable")
+
+    @torch.no_grad()
+    def _fold(self, count=None, probes=None):
+        """Fold what `.grad` holds into h, unless it is not finite.
+
+        count: labels behind the gradient, a 0-d tensor. probes: {parameter: u}, if they are not those of the key.
+        """
+        self._check_gradients()
+        grads = [p.grad for g in self.param_groups for p in g["params"] if p.grad is not None]
+        if not grads:
+            return
+        skip = ~torch.stack([g.isfinite().all().to(grads[0].device) for g in grads]).all()
+        if count is not None:
+            skip = skip | (count == 0)
+        self._skipped = self._skipped + skip
+        for first, group in self._groups():
+            self._ensure_state(group)
+            for bucket in self._buckets(first, group, "hessian", probes=probes):
+                self._fold_bucket(group, bucket, count, skip)
+        for group in self.param_groups:
+            group["refreshes"] += 1
+        self._since_refresh = 0
+        self._report()
+
+    def _refresh_key(self):
+        """What the random bits of the next refresh are keyed by: of the first group, for all of them."""
+        return {"seed": self.param_groups[0]["seed"], "refresh": self.param_groups[0]["refreshes"]}
+
+    def _report(self):
+        """Warn of what the counts copied at the last refresh say: they have arrived by now, so nothing waits."""
+        if self._reported is not None:
+            skipped, unclipped = self._reported
+            if skipped > 0:
+                self._warn_once(
+                    "skipped",
+                    f"{type(self).__name__} skipped a curvature refresh that was not finite or had no labels; "
+                    "stats()['skipped'] counts them",
+                )
+            if self.param_groups[0]["refreshes"] > 3 and unclipped and sum(unclipped) == 0:
+                self._warn_once(
+                    "all clipped",
+                    f"{type(self).__name__} clips every element, so h has no effect: raise rho, or check bs and the "
+                    "loss that the refresh differentiates",
+                )
+        host = {"device": "cpu", "non_blocking": True}
+        self._reported = self._skipped.to(**host), [c.to(**host) for c in self._unclipped.values()]
+
+    def stats(self):
+        """How the optimizer fares: {steps, refreshes, skipped, unclipped}. May wait for the device.
+
+        unclipped: fraction of elements with |m| < d, the official `win_rate`, in the last step before a refresh was
+        due; None before the first such step. skipped: refreshes of this process that were not finite.
+        """
+        group = self.param_groups[0]
+        unclipped = sum(int(c) for c in self._unclipped.values()) / self._counted if self._counted else None
+        return {
+            "steps": group["steps"],
+            "refreshes": group["refreshes"],
+            "skipped": int(self._skipped),
+            "unclipped": unclipped,
+        }
+
+
+def _state_dtype(p):
+    return torch.promote_types(p.dtype, torch.float32)
+
+
+class SophiaG(_Sophia):
+    """Sophia with the Gauss-Newton-Bartlett curvature estimate; drop-in for the official SophiaG and for torch.optim.
+
+        m <- beta1*m + (1-beta1)*g
+        p <- p*(1 - lr*weight_decay) - lr*clip(m / (rho*bs*h + eps), -1, 1)
+        every k steps: h <- beta2*h + (1-beta2)*ghat^2, ghat the gradient of the mean NLL of sampled labels
+
+    Source: Liu et al., arXiv:2305.14342, Algorithms 2 and 3, in the order and scaling of the official code, to which
+    fp32 results on CPU are equal bit for bit. Call `attach(model)` once and train as with AdamW; or call
+    `refresh(model, batches)`, or fill `.grad` with sampled-label gradients and call `update_hessian()`.
+
+    params: iterable of tensors, named tensors or groups; a group may override every option below.
+    lr: float or 1-element tensor; the largest change of an element per step, apart from decay.
+    betas: EMA factors of the gradient, per step, and of the curvature, per refresh.
+    rho: dimensionless; larger rho clips fewer elements. About 0.03 to 0.2; watch `stats()["unclipped"]`.
+    weight_decay: decoupled, applied before the step.
+    bs: labels per optimizer step in the official code, which multiplies h by it at use. `attach` and `refresh` count
+        labels themselves and store h so that bs cancels; with bare `update_hessian()` it must be the number of labels.
+    bf16_update: how bfloat16 parameters take a float32 result: "stochastic" rounding (unbiased, default), a float32
+        "master" copy in the state, or "nearest" (small updates vanish).
+    seed: keys sampled labels, probes and rounding bits; the global random state is never used.
+    State per parameter: `step`, `exp_avg` (m), `hessian` (h), in float32 or wider; 8 bytes per float32 parameter.
+    """
+
+    _denominator = "add"
+    _options = ("logits", "mask", "loss")
+    _estimate = staticmethod(curvature.gnb)
+
+    def __init__(
+        self,
+        params,
+        lr=1e-4,
+        betas=(0.965, 0.99),
+        rho=0.04,
+        weight_decay=1e-1,
+        *,
+        maximize=False,
+        foreach=None,
+        fused=None,
+        capturable=False,
+        differentiable=False,
+        bs=5120,
+        eps=1e-15,
+        bf16_update="stochastic",
+        seed=0,
+    ):
+        options = {"lr": lr, "betas": betas, "rho": rho, "weight_decay": weight_decay, "maximize": maximize, "bs": bs}
+        options |= {"eps": eps, "bf16_update": bf16_update, "seed": seed}
+        super().__init__(
+            params, options, foreach=foreach, fused=fused, capturable=capturable, differentiable=differentiable
+        )
+
+    def update_hessian(self):
+        """h <- beta2*h + (1-beta2)*g^2 with the gradients that `.grad` holds, as in the official code."""
+        self._fold()
+
+    def _fold_bucket(self, group, bucket, count, skip):
+        # The gradient of a sum over N labels is N*ghat, so (N/bs)*ghat^2 = grad^2 / (N*bs).
+        scale = None if count is None else 1 / (count.double() * group["bs"])
+        ops.gnb_ema_(bucket["hessian"], bucket["g"], scale, skip, beta2=group["betas"][1])
+
+
+class SophiaH(_Sophia):
+    """Sophia with Hutchinson's curvature estimate.
+
+        m <- beta1*m + (1-beta1)*g
+        p <- p*(1 - lr*weight_decay) - lr*clip(m / max(rho*h, eps), -1, 1)
+        every k steps: h <- beta2*h + (1-beta2)*u*(Hu), u random signs, H the Hessian of the mean loss
+
+    Source: Liu et al., arXiv:2305.14342, Algorithms 1 and 3 (`rho` is the paper's gamma). Where h <= 0 the step is
+    lr*sign(m), never against m. The loss is the model output's `.loss`, or `attach(model, loss=callable(output))`; it
+    must be twice differentiable, so fused attention and compiled modules are left aside during a refresh.
+    Parameters as for SophiaG; there is no bs, because the estimate does not depend on the number of labels.
+    """
+
+    _denominator = "max"
+    _options = ("loss",)
+
+    def __init__(
+        self,
+        params,
+        lr=1e-4,
+        betas=(0.96, 0.99),
+        rho=0.01,
+        weight_decay=1e-1,
+        *,
+        maximize=False,
+        foreach=None,
+        fused=None,
+        capturable=False,
+        differentiable=False,
+        eps=1e-12,
+        bf16_update="stochastic",
+        seed=0,
+    ):
+        options = {"lr": lr, "betas": betas, "rho": rho, "weight_decay": weight_decay, "maximize": maximize, "bs": 1}
+        options |= {"eps": eps, "bf16_update": bf16_update, "seed": seed}
+        super().__init__(
+            params, options, foreach=foreach, fused=fused, capturable=capturable, differentiable=differentiable
+        )
+
+    def update_hessian(self, u=None):
+        """h <- beta2*h + (1-beta2)*u*(Hu), with Hu in `.grad` and u a list of probes, one per parameter with a `.grad`.
+
+        Without u, the probe is the Rademacher one that `growkit.ops.rademacher_` writes for the optimizer's seed,
+        its number of refreshes and each parameter's index.
+        """
+        params = [p for g in self.param_groups for p in g["params"] if p.grad is not None]
+        if u is not None:
+            ops.check_alike("update_hessian", params, u=u)
+            u = dict(zip(params, u, strict=True))
+        self._fold(probes=u)
+
+    def _estimate(self, model, calls, key, **options):
+        params = [p for g in self.param_groups for p in g["params"]]
+        curvature.hutchinson(model, calls, key, params, **options)
+
+    def _fold_bucket(self, group, bucket, count, skip):
+        sign = torch.tensor(-1.0) if group["maximize"] else None
+        ops.hutchinson_ema_(
+            bucket["hessian"],
+            bucket["g"],
+            bucket["u"] or None,
+            sign,
+            skip,
+            beta2=group["betas"][1],
+            **self._refresh_key(),
+            parameter=bucket["parameter"],
+        )

@@ -1,0 +1,348 @@
+"""The oracle: every operator of growkit in plain PyTorch. It is also the CPU implementation; it imports only torch.
+
+Random numbers are Philox4x32-10 (Salmon et al., SC 2011) keyed by what they are for, never drawn from a stream, so
+that any device, block size or shard of a tensor sees the same bits.
+"""
+
+import torch
+
+# Elements per block: the five operands of one block stay in a core's cache from one operation to the next.
+BLOCK = 1 << 17
+
+# What the random bits are for; keeps the three uses independent under one seed.
+LABELS, PROBE, ROUNDING = 1, 2, 3
+
+
+def philox(counter, seed, stream):
+    """Philox4x32-10 of four 32-bit counter words (ints or int64 tensors that broadcast) under one 64-bit key.
+
+    The key is (low half of seed, high half of seed xor stream). Returns four int64 tensors with values in [0, 2^32).
+    """
+    low = 0xFFFFFFFF
+    c0, c1, c2, c3 = counter
+    k0, k1 = seed & low, (seed >> 32 & low) ^ stream
+    for _ in range(10):
+        # int64 products wrap, but shift and mask still return the two true 32-bit halves.
+        x, y = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = (y >> 32 & low) ^ c1 ^ k0, y & low, (x >> 32 & low) ^ c3 ^ k1, x & low
+        k0, k1 = k0 + 0x9E3779B9 & low, k1 + 0xBB67AE85 & low
+    return c0, c1, c2, c3
+
+
+def random_bits(width, first, count, *, seed, stream, parameter, time, device=None):
+    """`width` (a divisor of 32) random bits for each of the elements first .. first+count-1, as int64 [count].
+
+    Element e, in row-major order, owns bits [width*e, width*(e+1)) of the stream of 128-bit blocks with counters
+    (block low, block high, parameter, time); bit 0 is the lowest bit of a block's first word.
+    """
+    per_block = 128 // width
+    start, stop = first // per_block, (first + count - 1) // per_block + 1
+    block = torch.arange(start, stop, device=device)
+    words = torch.stack(philox((block & 0xFFFFFFFF, block >> 32, parameter, time), seed, stream), dim=-1)
+    fields = words[..., None] >> torch.arange(0, 32, width, device=device)
+    skip = first - start * per_block
+    return (fields & (1 << width) - 1).flatten()[skip : skip + count]
+
+
+def _blocks(*tensors, numbered=False):
+    """Yield (first element, slices) over tensors of one shape, in flat slices of at most BLOCK elements.
+
+    Tensors that are dense and laid out alike are walked in memory order; others are yielded whole. numbered: random
+    bits belong to the row-major index of an element, so in any other memory order tensors are yielded whole, too.
+    """
+    if not all(t.is_contiguous() for t in tensors):
+        if numbered:
+            yield 0, tensors
+            return
+        order = sorted(range(tensors[0].dim()), key=lambda d: -tensors[0].stride(d))
+        views = [t.permute(order) for t in tensors]
+        if not all(v.is_contiguous() for v in views):
+            yield 0, tensors
+            return
+        tensors = views
+    slices = [t.view(-1).split(BLOCK) for t in tensors]
+    for i, block in enumerate(zip(*slices, strict=True)):
+        yield i * BLOCK, block
+
+
+def _is_set(flag):
+    return flag is not None and bool(flag)
+
+
+def sophia_step_(
+    p,
+    g,
+    m,
+    h,
+    master=None,
+    unclipped=None,
+    *,
+    lr,
+    beta1,
+    rho_bs,
+    eps,
+    weight_decay,
+    denominator="add",
+    maximize=False,
+    scale=None,
+    skip=None,
+    step=None,
+    seed=None,
+    parameter=(),
+    offset=(),
+):
+    """Clipped update of a list of tensors, in place (Sophia, arXiv:2305.14342, Algorithm 3).
+
+        m <- beta1*m + (1-beta1)*g
+        p <- p*(1 - lr*weight_decay) - lr*clip(m/d, -1, 1)
+        d = rho_bs*h + eps ("add", SophiaG)  or  max(rho_bs*h, eps) ("max", SophiaH)
+
+    p, g, m, h: lists of tensors, equal in shape within each position; m and h share the dtype the update computes in
+    (float32, or float64 for float64 p). Where p is narrower, the result goes to `master` (same dtype as m) and is
+    rounded to nearest into p; without a master it is rounded stochastically if `seed` is given, with 16 bits keyed by
+    (seed, step, parameter[i], offset[i] + element), else to nearest. g may have any floating dtype.
+    lr bounds |dp| per step apart from decay; lr and every product of scalars is formed in double on the host.
+    maximize: follow -g. scale: 0-d tensor that multiplies g. skip: 0-d tensor; nonzero leaves everything as it is.
+    unclipped: int64 0-d tensor that grows by the number of elements with |m| < d. step: 0-d tensor.
+    Cost: reads p, g, m, h and writes p, m once per block. Deterministic. An element's result does not depend on its
+    neighbours, so blocks, shards and devices agree.
+    """
+    if _is_set(skip):
+        return
+    lr, decay = float(lr), 1 - float(lr) * weight_decay
+    gain = beta1 - 1 if maximize else 1 - beta1
+    factor = None if scale is None else float(scale)
+    for i, (p_i, g_i, m_i, h_i) in enumerate(zip(p, g, m, h, strict=True)):
+        master_i = p_i if p_i.dtype == m_i.dtype else master[i] if master else None
+        rounds = master_i is None and seed is not None
+        wide = p_i if master_i is None else master_i
+        d = None
+        for first, (p_b, g_b, m_b, h_b, w) in _blocks(p_i, g_i, m_i, h_i, wide, numbered=rounds):
+            w = w.to(m_b.dtype)  # the block itself, or a wide copy of it
+            g_b = g_b.to(m_b.dtype) if factor is None else g_b.to(m_b.dtype) * factor
+            if decay != 1:
+                w.mul_(decay)
+            m_b.mul_(beta1).add_(g_b, alpha=gain)
+            d = torch.empty_like(h_b) if d is None or d.shape != h_b.shape else d
+            torch.mul(h_b, rho_bs, out=d)
+            d = d.add_(eps) if denominator == "add" else d.clamp_(min=eps)
+            u = torch.div(m_b, d, out=d)
+            if unclipped is not None:
+                unclipped += (u.abs() < 1).sum()
+            w.add_(u.clamp_(-1, 1), alpha=-lr)
+            if p_b.dtype == w.dtype:
+                continue
+            if rounds:
+                first += offset[i] if offset else 0
+                key = {"seed": seed, "stream": ROUNDING, "parameter": parameter[i], "time": int(step)}
+                w = _stochastic_bfloat16(w, random_bits(16, first, w.numel(), device=w.device, **key).view(w.shape))
+            p_b.copy_(w)
+
+
+def _stochastic_bfloat16(w, bits):
+    """float32 w moved to one of its two bfloat16 neighbours, up with the probability that keeps the mean at w."""
+    rounded = ((w.view(torch.int32) + bits.to(torch.int32)) & -0x10000).view(torch.float32)
+    return torch.where(w.isfinite(), rounded, w)
+
+
+def gnb_ema_(h, g, scale=None, skip=None, *, beta2):
+    """Gauss-Newton-Bartlett refresh of a list of tensors, in place (Sophia, arXiv:2305.14342, Algorithm 2).
+
+        h <- beta2*h + (1-beta2)*s*g^2
+
+    g is the gradient of the mean NLL of labels sampled from the model; h, g: lists of equal shapes, h float32 or
+    float64. scale: 0-d tensor s (default 1); s = N/bs for N labels keeps rho*bs*h equal to rho*EMA(N*g^2).
+    skip: 0-d tensor; nonzero leaves h as it is. Reads h, g and writes h once. Deterministic.
+    """
+    if _is_set(skip):
+        return
+    gain = (1 - beta2) * (1 if scale is None else float(scale))
+    for h_i, g_i in zip(h, g, strict=True):
+        for _, (h_b, g_b) in _blocks(h_i, g_i):
+            g_b = g_b.to(h_b.dtype)
+            h_b.mul_(beta2).addcmul_(g_b, g_b, value=gain)
+
+
+def hutchinson_ema_(h, hu, u=None, scale=None, skip=None, *, beta2, seed=0, refresh=0, parameter=(), offset=()):
+    """Hutchinson refresh of a list of tensors, in place (Sophia, arXiv:2305.14342, Algorithm 1).
+
+        h <- beta2*h + (1-beta2)*s*u*(Hu)
+
+    hu: Hessian-vector products with u; u is given, or regenerated as `rademacher_` wrote it for the same key.
+    scale: 0-d tensor s (default 1). skip: 0-d tensor; nonzero leaves h as it is. h float32 or float64, may turn
+    negative. Deterministic.
+    """
+    if _is_set(skip):
+        return
+    gain = (1 - beta2) * (1 if scale is None else float(scale))
+    for i, h_i in enumerate(h):
+        for first, (h_b, hu_b, u_b) in _blocks(h_i, hu[i], hu[i] if u is None else u[i], numbered=u is None):
+            if u is None:
+                first += offset[i] if offset else 0
+                u_b = _rademacher(first, h_b, seed, refresh, parameter[i])
+            h_b.mul_(beta2).addcmul_(u_b.to(h_b.dtype), hu_b.to(h_b.dtype), value=gain)
+
+
+def rademacher_(u, *, seed, refresh, parameter, offset=()):
+    """Fill a list of tensors with a probe of independent signs, +1 or -1 with probability 1/2 each.
+
+    Element e of tensor i is +1 where bit offset[i] + e of the Philox stream keyed by (seed, refresh, parameter[i]) is
+    set. offset: global index of each tensor's first element (default 0), so that shards of a parameter see its bits.
+    """
+    for i, u_i in enumerate(u):
+        for first, (u_b,) in _blocks(u_i, numbered=True):
+            u_b.copy_(_rademacher(first + (offset[i] if offset else 0), u_b, seed, refresh, parameter[i]))
+
+
+def _rademacher(first, like, seed, refresh, parameter):
+    key = {"seed": seed, "stream": PROBE, "parameter": parameter, "time": refresh}
+    bits = random_bits(1, first, like.numel(), device=like.device, **key)
+    return (2 * bits - 1).view(like.shape)
+
+
+def sampled_nll(logits, mask=None, *, seed, refresh, row=0):
+    """Mean negative log-likelihood of labels sampled from the model's own softmax (Sophia, Algorithm 2, lines 3-5).
+
+        y_n ~ softmax(z_n);  nll = sum_n mask_n * (logsumexp(z_n) - z_n[y_n]) / N,  N = sum_n mask_n
+
+    logits: [rows, V], any floating dtype, computed in float32 or wider; mask: bool [rows], True where the label counts
+    (default all). The label is the inverse CDF of 24 bits keyed by (seed, refresh, row + n): the first y whose
+    cumulative probability exceeds them. Returns (nll: 0-d, labels: int64 [rows], -100 where masked,
+    lse: [rows]). N = 0 gives NaN. Temporaries: two blocks of rows, never a logits-sized tensor.
+    """
+    labels, lse = logits.new_empty(len(logits), dtype=torch.int64), logits.new_empty(len(logits), dtype=_wide(logits))
+    chosen = torch.empty_like(lse)
+    bits = random_bits(32, row, len(logits), seed=seed, stream=LABELS, parameter=0, time=refresh, device=logits.device)
+    uniform = (bits >> 8).to(lse.dtype) * 2**-24  # exact, and below 1 in float32
+    for rows in _row_blocks(logits):
+        z = logits[rows].to(lse.dtype)
+        lse[rows] = z.logsumexp(-1)
+        cdf = (z - lse[rows, None]).exp_().cumsum_(-1)
+        labels[rows] = torch.searchsorted(cdf, uniform[rows, None] * cdf[:, -1:], right=True)[:, 0].clamp_(
+            max=logits.shape[1] - 1  # only a row with a NaN reaches past the end
+        )
+        chosen[rows] = z.gather(1, labels[rows, None])[:, 0]
+    if mask is None:
+        return (lse - chosen).mean(), labels, lse
+    return (lse - chosen)[mask].mean(), labels.masked_fill_(~mask, -100), lse
+
+
+def sampled_nll_backward(grad, logits, labels, lse):
+    """Gradient of `sampled_nll` with respect to the logits: grad * (softmax(z_n) - onehot(y_n)) / N, zero where masked.
+
+    Allocates the result, in the dtype of the logits, and one block of rows.
+    """
+    counts = labels != -100
+    weight = grad / counts.sum()
+    result = torch.empty_like(logits)
+    for rows in _row_blocks(logits):
+        d = (logits[rows].to(lse.dtype) - lse[rows, None]).exp_()
+        d.scatter_add_(1, labels[rows, None].clamp(min=0), d.new_full((len(d), 1), -1))
+        result[rows] = torch.where(counts[rows, None], d.mul_(weight), 0)
+    return result
+
+
+def _wide(t):
+    return torch.promote_types(t.dtype, torch.float32)
+
+
+def _row_blocks(logits):
+    rows = max(1, 2 * BLOCK // max(1, logits.shape[1]))
+    return [slice(i, i + rows) for i in range(0, len(logits), rows)]
+
+
+# kron_expand
+
+
+def kron_expand(W, B, A, w, B_kind, A_kind, order):
+    """W_new[l2] = sum_l1 w[l2,l1] B W[l1] A^T, contracted in `order` (LiGO, arXiv:2303.00980).
+
+    Arguments as in `growkit.ops.kron_expand`, which checks them; order: see `growkit.plan`.
+    Returns W_new and the input of the last step, which the backward needs.
+    """
+    maps = {"B": (B, B_kind), "A": (A, A_kind)}
+    X = last = W.contiguous()
+    for step in order:
+        last = X
+        X = _mix(w, X) if step == "D" else _widen(X, *maps[step], step)
+    return X, last
+
+
+def kron_expand_backward(G, W, B, A, w, last, B_kind, A_kind, order, needs):
+    """Gradients of `kron_expand` with respect to those of (W, B, A, w) whose flag in `needs` is set, as a list.
+
+    The steps in reverse: with the mix last, G is mixed first (w^T G) and every product runs on L1 layers, not L2.
+    """
+    maps = {"B": (B, B_kind), "A": (A, A_kind)}
+    needed = dict(zip(("W", "B", "A", "D"), needs, strict=True))
+    inputs = [W.contiguous(), last][: len(order)]
+    if len(order) == 3:
+        inputs.insert(1, _second_input(inputs[0], last, maps, w, order))
+    G = G.contiguous()
+    gradients = {}
+    for position in reversed(range(len(order))):
+        step, X = order[position], inputs[position]
+        if needed[step]:
+            gradients[step] = G.flatten(1) @ X.flatten(1).mT if step == "D" else _map_gradient(G, X, *maps[step], step)
+        if not (needed["W"] or any(needed[earlier] for earlier in order[:position])):
+            break
+        G = _mix(w.mT, G) if step == "D" else _narrow(G, *maps[step], step, X.shape)
+    gradients["W"] = G
+    return [gradients[name] for name, flag in needed.items() if flag]
+
+
+def _second_input(W, last, maps, w, order):
+    """Input of the second of three steps: the top block of its output where its map is [I; C], else computed again."""
+    if order[1] == "B" and maps["B"][1] == "identity_top":
+        return last[:, : W.shape[1]]
+    if order[1] == "A" and maps["A"][1] == "identity_top":
+        return last[..., : W.shape[2]]
+    return _mix(w, W) if order[0] == "D" else _widen(W, *maps[order[0]], order[0])
+
+
+def _mix(w, X):
+    return (w @ X.flatten(1)).view(w.shape[0], *X.shape[1:])
+
+
+def _widen(X, M, kind, step):
+    """M X[n] (step "B") or X[n] M^T (step "A") for X of shape (n, rows, columns)."""
+    axis = 1 if step == "B" else 2
+    if kind == "copy":
+        return X.index_select(axis, M)
+    old, new = X.shape[axis], M.shape[-2]
+    top = old if kind == "identity_top" else 0
+    shape = list(X.shape)
+    shape[axis] = top + new
+    Y = X.new_empty(shape)
+    Y.narrow(axis, 0, top).copy_(X.narrow(axis, 0, top))
+    block = Y.narrow(axis, top, new)  # the product is written in place: no cat
+    if step == "B":
+        torch.bmm(M.expand(X.shape[0], -1, -1), X, out=block)
+    elif M.ndim == 2:
+        torch.mm(X.flatten(0, 1), M.mT, out=block.flatten(0, 1))
+    else:
+        torch.bmm(X, M.mT, out=block)
+    return Y
+
+
+def _map_gradient(G, X, M, kind, step):
+    axis = 1 if step == "B" else 2
+    top = X.shape[axis] if kind == "identity_top" else 0
+    G = G.narrow(axis, top, M.shape[-2])
+    if M.ndim == 3:
+        return torch.bmm(G, X.mT) if step == "B" else torch.bmm(G.mT, X)
+    if step == "B":
+        return torch.addbmm(M.new_zeros(M.shape), G, X.mT)
+    return G.flatten(0, 1).mT @ X.flatten(0, 1)
+
+
+def _narrow(G, M, kind, step, shape):
+    """Transpose of `_widen`; shape: of its input."""
+    axis = 1 if step == "B" else 2
+    if kind == "copy":
+        return G.new_zeros(shape).index_add_(axis, M, G)
+    top = shape[axis] if kind == "identity_top" else 0
+    head, G = G.narrow(axis, 0, top), G.narrow(axis, top, M.shape[-2])
+    M = M.expand(shape[0], -1, -1)
+    left, right = (M.mT, G) if step == "B" else (G, M)
+    return torch.baddbmm(head, left, right) if top else torch.bmm(left, right)

@@ -1,0 +1,141 @@
+"""The package as a user gets it: the wheel's content, a clean install, the README's code, and who imports whom."""
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+
+
+def command(*words, cwd, **environment):
+    done = subprocess.run(
+        [str(word) for word in words], cwd=cwd, env=os.environ | environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def build(folder, **environment):
+    """Build sdist and, from it, the wheel, out of a copy: a stale build/ or egg-info must not leak into either."""
+    source = folder / "source"
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__"))
+    command(sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, source, cwd=folder, **environment)
+    (sdist,), (wheel,) = folder.glob("*.tar.gz"), folder.glob("*.whl")
+    return sdist, wheel
+
+
+@pytest.fixture(scope="module")
+def archives(tmp_path_factory):
+    return build(tmp_path_factory.mktemp("build"))
+
+
+@pytest.fixture(scope="module")
+def clean_python(archives, tmp_path_factory):
+    """A fresh venv with the wheel in it, which sees torch and the rest of this environment, but no checkout."""
+    home = tmp_path_factory.mktemp("clean")
+    venv.create(home, symlinks=True)
+    python = home / "bin" / "python"
+    purelib = Path(command(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=home).strip())
+    # A path in a .pth file: the .pth files in there, such as that of an editable growkit, are not followed.
+    (purelib / "outer.pth").write_text(str(Path(torch.__file__).parents[1]))
+    command(python, "-m", "pip", "install", "--no-index", "--no-deps", "--ignore-installed", archives[1], cwd=home)
+    return python
+
+
+def test_sdist_can_run_its_own_tests(archives):
+    with tarfile.open(archives[0]) as sdist:
+        names = {name.partition("/")[2] for name in sdist.getnames()}
+    assert {"setup.py", "pyproject.toml", "Makefile", "LICENSE", "README.md", "kernels/__init__.py"} <= names
+    assert {str(test.relative_to(ROOT)) for test in (ROOT / "tests").glob("**/*.py")} <= names
+
+
+def test_wheel_holds_growkit_and_nothing_else(archives):
+    with zipfile.ZipFile(archives[1]) as wheel:
+        names = wheel.namelist()
+        (top_level,) = [wheel.read(name).decode().split() for name in names if name.endswith("top_level.txt")]
+    expected = {str(path.relative_to(ROOT)) for path in (ROOT / "growkit").glob("**/*.py")} | {"growkit/py.typed"}
+    expected |= {"growkit" / path.relative_to(ROOT) for path in (ROOT / "kernels").glob("**/*.py")}
+    assert {name for name in names if ".dist-info/" not in name} == {str(name) for name in expected}
+    assert top_level == ["growkit"]  # above all no top-level `kernels`: that is Hugging Face's package
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+
+
+def test_local_version(tmp_path):
+    _, wheel = build(tmp_path, GROWKIT_LOCAL_VERSION="cu130")
+    assert wheel.name.split("-")[1].endswith("+cu130")
+
+
+def test_installed_wheel_runs_the_readme(clean_python, tmp_path):
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+    script = tmp_path / "readme.py"
+    script.write_text("\n".join(blocks) + "\nprint(growkit.__file__)\n")
+    assert str(clean_python.parents[1]) in command(clean_python, "-I", script, cwd=tmp_path, HF_HUB_OFFLINE="1")
+
+
+def test_import_and_info_need_only_torch(clean_python, tmp_path):
+    script = tmp_path / "bare.py"
+    script.write_text(
+        "import sys\n"
+        "for name in ('triton', 'transformers', 'safetensors', 'matplotlib', 'rich'):\n"
+        "    sys.modules[name] = None\n"
+        "import growkit, growkit.cli, growkit.kernels\n"
+        "sys.exit(growkit.cli.main(['info']))\n"
+    )
+    assert "transformers  missing: pip install transformers" in command(clean_python, "-I", script, cwd=tmp_path)
+
+
+# Lower layers first: a module imports from layers below its own and from its own package.
+LAYERS = (
+    ("growkit.reference", "growkit.kernels", "growkit.plan"),
+    ("growkit.ops",),
+    ("growkit.optim", "growkit.growth"),
+    ("growkit",),
+    ("growkit.demo",),
+    ("growkit.cli",),
+)
+HEIGHT = {name: level for level, layer in enumerate(LAYERS) for name in layer}
+
+
+def part(name):
+    """The longest entry of LAYERS that a dotted name lies in."""
+    while name not in HEIGHT:
+        name = name.rpartition(".")[0]
+    return name
+
+
+def growkit_imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute here"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        yield from (part(name) for name in names if name.split(".")[0] == "growkit")
+
+
+def test_imports_go_one_way():
+    files = {path: path.relative_to(ROOT) for path in (ROOT / "growkit").glob("**/*.py")}
+    files |= {path: Path("growkit") / path.relative_to(ROOT) for path in (ROOT / "kernels").glob("**/*.py")}
+    for path, place in files.items():
+        here = part(".".join(place.with_suffix("").parts).removesuffix(".__init__"))
+        for there in growkit_imports(path):
+            assert here == there or HEIGHT[there] < HEIGHT[here], f"{place} imports {there}"
+
+
+def test_unwritten_outputs_are_nan():
+    """The fixture of conftest.py works, so that every other test sees what was never written."""
+    x = torch.ones(3)
+    made = torch.empty(3), torch.empty_like(x), torch.empty_strided((3,), (1,)), x.new_empty(3)
+    assert all(tensor.isnan().all() for tensor in made)

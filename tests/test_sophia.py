@@ -1,0 +1,815 @@
+"""SophiaG and SophiaH as optimizers: the official trajectory, the torch.optim contract, dtypes, files, bad input."""
+
+import copy
+import io
+import json
+import pathlib
+import pickle
+import warnings
+
+import numpy
+import pytest
+import torch
+from torch.nn import Parameter
+from torch.utils._pytree import tree_flatten
+
+from growkit import ops
+from growkit.optim import SophiaG, SophiaH
+
+DATA = pathlib.Path(__file__).parent / "data"
+BIT_EQUAL = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+BOTH = pytest.mark.parametrize("cls", [SophiaG, SophiaH])
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    # Operations this small only lose time, a lot of it on a busy machine, to threads that wait for each other.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def params(*shapes, dtype=torch.float32):
+    make = torch.Generator().manual_seed(1)
+    shapes = shapes or ((4, 3), (5,), ())
+    return [Parameter(torch.randn(s, generator=make, dtype=torch.float64).to(dtype)) for s in shapes]
+
+
+def fill_grads(ps, seed):
+    make = torch.Generator().manual_seed(seed)
+    for p in ps:
+        p.grad = (torch.randn(p.shape, generator=make, dtype=torch.float64) * 1e-2).to(p.dtype)
+
+
+def drive(optimizer, first=0, steps=8):
+    """Steps with a refresh after every third; the gradients depend on the step alone."""
+    ps = [p for g in optimizer.param_groups for p in g["params"]]
+    for step in range(first, first + steps):
+        fill_grads(ps, step)
+        optimizer.step()
+        if step % 3 == 2:
+            fill_grads(ps, 1000 + step)
+            optimizer.update_hessian()
+    return ps
+
+
+def snapshot(optimizer):
+    """Everything a call may change, as values."""
+    ps = [p for g in optimizer.param_groups for p in g["params"]]
+    state = [{k: torch.as_tensor(v).clone() for k, v in optimizer.state.get(p, {}).items()} for p in ps]
+    groups = [{k: v for k, v in sorted(g.items()) if k != "params"} for g in optimizer.param_groups]
+    return [p.detach().clone() for p in ps], state, copy.deepcopy(groups)
+
+
+def assert_same(a, b):
+    (a, a_spec), (b, b_spec) = tree_flatten(a), tree_flatten(b)
+    assert a_spec == b_spec
+    for x, y in zip(a, b, strict=True):
+        if isinstance(x, torch.Tensor) and isinstance(y, torch.Tensor):
+            torch.testing.assert_close(x, y, rtol=0, atol=0, equal_nan=True)
+        else:
+            assert x == y
+
+
+# --- the official trajectory ---
+
+
+class Official:
+    """The published SophiaG, operation by operation."""
+
+    def __init__(self, ps, lr, betas, rho, weight_decay):
+        self.ps, self.lr, (self.beta1, self.beta2), self.rho, self.decay = list(ps), lr, betas, rho, weight_decay
+        self.m, self.h = ([torch.zeros_like(p) for p in self.ps] for _ in range(2))
+
+    @torch.no_grad()
+    def step(self, bs):
+        for p, m, h in zip(self.ps, self.m, self.h, strict=True):
+            p.mul_(1 - self.lr * self.decay)
+            m.mul_(self.beta1).add_(p.grad, alpha=1 - self.beta1)
+            ratio = (m.abs() / (self.rho * bs * h + 1e-15)).clamp(None, 1)
+            p.addcmul_(m.sign(), ratio, value=-self.lr)
+
+    @torch.no_grad()
+    def update_hessian(self):
+        for p, h in zip(self.ps, self.h, strict=True):
+            h.mul_(self.beta2).addcmul_(p.grad, p.grad, value=1 - self.beta2)
+
+
+@pytest.mark.parametrize("name", ["default_fp64", "gpt2small_fp32", "maximize_fp64"])
+def test_published_code_gives_the_same_trajectory(name):
+    golden = numpy.load(DATA / f"sophiag_{name}.npz")
+    meta = json.loads(str(golden["meta"]))
+    ps = [Parameter(torch.tensor(golden[f"p0_{i}"])) for i in range(meta["tensors"])]
+    n, (decay, no_decay) = meta["n_decayed"], meta["weight_decay"]
+    groups = [{"params": ps[:n], "weight_decay": decay}, {"params": ps[n:], "weight_decay": no_decay}]
+    optimizer = SophiaG(groups, lr=meta["lr"], betas=tuple(meta["betas"]), rho=meta["rho"], maximize=meta["maximize"])
+    fp64 = meta["dtype"] == "torch.float64"
+    # Without AVX2 a rounding may differ: 30 steps of at most one ulp each.
+    bound = 1e-14 if fp64 else 0 if BIT_EQUAL else 30 * 2**-23
+    for step in range(meta["steps"]):
+        for i, p in enumerate(ps):
+            p.grad = torch.tensor(golden[f"g{step}_{i}"])
+        optimizer.step(bs=meta["bs"])
+        if step % meta["refresh_every"] == meta["refresh_every"] - 1:
+            for i, p in enumerate(ps):
+                p.grad = torch.tensor(golden[f"gh{step}_{i}"])
+            optimizer.update_hessian()
+        if step + 1 in meta["checkpoints"]:
+            for i, p in enumerate(ps):
+                found = {"p": p.detach(), "m": optimizer.state[p]["exp_avg"], "h": optimizer.state[p]["hessian"]}
+                for key, value in found.items():
+                    expected = torch.tensor(golden[f"{key}{step + 1}_{i}"])
+                    torch.testing.assert_close(value, expected, rtol=bound, atol=bound if key == "p" else 0)
+
+
+def test_published_code_gives_the_frozen_vector():
+    p = Parameter(torch.tensor([0.5, -0.25, 0.125, 2, -3]))
+    optimizer = SophiaG([p], lr=1e-2, rho=0.05, weight_decay=0.2)
+    g, gh = torch.tensor([1e-3, -2e-3, 3e-4, 0, 5e-2]), torch.tensor([1e-3, 5e-3, 2e-2, 1e-2, 0])
+    for kind, grad in [("step", g), ("refresh", gh), ("step", -0.5 * g), ("refresh", 2 * gh), ("step", g + gh)]:
+        p.grad = grad
+        optimizer.step(bs=1024) if kind == "step" else optimizer.update_hessian()
+    state = optimizer.state[p]
+    expected = {
+        "p": [0.46706602, -0.238562971, 0.107055053, 1.97802413, -3.011976],
+        "m": [8.57053747e-05, 7.35892463e-05, 7.15211558e-04, 3.49999988e-04, 2.53526866e-03],
+        "h": [4.99000059e-08, 1.24749999e-06, 1.99599999e-05, 4.98999998e-06, 0],
+    }
+    for key, value in {"p": p.detach(), "m": state["exp_avg"], "h": state["hessian"]}.items():
+        # Nine digits name one float32.
+        torch.testing.assert_close(value, torch.tensor(expected[key]), rtol=0 if BIT_EQUAL else 2e-7, atol=0)
+    assert state["step"] == 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_training_loop_of_the_official_script_is_bit_equal(dtype):
+    torch.manual_seed(0)
+    make = torch.nn.Sequential(torch.nn.Embedding(7, 6), torch.nn.Linear(6, 5), torch.nn.Tanh(), torch.nn.Linear(5, 7))
+    ours, theirs = make.to(dtype), copy.deepcopy(make)
+    options = {"lr": 1e-2, "betas": (0.965, 0.99), "rho": 0.05, "weight_decay": 0.2}
+    optimizer, official = SophiaG(ours.parameters(), **options), Official(theirs.parameters(), **options)
+    for step in range(40):
+        x, y, sampled = torch.randint(7, (3, 12)).unbind()
+        for model, opt in ((ours, optimizer), (theirs, official)):
+            model.zero_grad()
+            torch.nn.functional.cross_entropy(model(x), y).backward()
+            opt.step(bs=12)
+            if step % 10 == 9:
+                model.zero_grad()
+                torch.nn.functional.cross_entropy(model(x), sampled).backward()
+                opt.update_hessian()
+    for p, q, m, h in zip(ours.parameters(), theirs.parameters(), official.m, official.h, strict=True):
+        state = optimizer.state[p]
+        assert torch.equal(p, q) and torch.equal(state["exp_avg"], m) and torch.equal(state["hessian"], h)
+    assert state["step"] == 40
+
+
+def test_update_hessian_may_come_first():
+    ours, theirs = params(), params()
+    optimizer, official = SophiaG(ours, 1e-2), Official(theirs, 1e-2, (0.965, 0.99), 0.04, 0.1)
+    for ps, opt in ((ours, optimizer), (theirs, official)):
+        fill_grads(ps, 0)
+        opt.update_hessian()
+        fill_grads(ps, 1)
+        opt.step(bs=5120)
+    assert all(map(torch.equal, ours, theirs))
+
+
+# --- the torch.optim contract ---
+
+
+@BOTH
+def test_groups_override_every_option(cls):
+    names = {"lr": 3e-3, "betas": (0.5, 0.6), "rho": 0.5, "weight_decay": 0.3, "eps": 1e-3, "maximize": True}
+    names |= {"seed": 5} | ({"bs": 17} if cls is SophiaG else {})
+    together, alone = params((4, 3), (5,)), params((4, 3), (5,))
+    separate = [drive(cls([alone[0]], 1e-2)), drive(cls([alone[1]], **names))]
+    optimizer = cls([{"params": together[:1]}, {"params": together[1:], **names}], 1e-2)
+    for step in range(8):
+        for p in together:  # as two separate optimizers would see them
+            fill_grads([p], step)
+        optimizer.step()
+        if step % 3 == 2 and cls is SophiaG:
+            for p in together:
+                fill_grads([p], 1000 + step)
+            optimizer.update_hessian()
+        elif step % 3 == 2:
+            for p in together:
+                fill_grads([p], 1000 + step)
+            u = [torch.empty(p.shape) for p in together]
+            ops.rademacher_(u[:1], seed=0, refresh=step // 3, parameter=[0])
+            ops.rademacher_(u[1:], seed=5, refresh=step // 3, parameter=[0])
+            optimizer.update_hessian(u)
+    assert torch.equal(together[0], separate[0][0]) and torch.equal(together[1], separate[1][0])
+
+
+def test_bf16_update_is_a_group_option():
+    ps = params((4, 3), (4, 3), (4, 3), dtype=torch.bfloat16)
+    modes = ("stochastic", "master", "nearest")
+    with pytest.warns(UserWarning, match="nearest"):
+        optimizer = SophiaG([{"params": [p], "bf16_update": mode} for p, mode in zip(ps, modes, strict=True)])
+    drive(optimizer)
+    assert [("master" in optimizer.state[p]) for p in ps] == [False, True, False]
+
+
+@BOTH
+def test_scheduler_moves_lr_and_betas(cls):
+    schedule = {"max_lr": 1e-2, "total_steps": 10, "base_momentum": 0.8, "max_momentum": 0.95}
+    results = []
+    for lr in (1e-3, torch.tensor(1e-3, dtype=torch.float64)):
+        ps = params()
+        optimizer = cls(ps, lr)
+        before = optimizer.param_groups[0]["lr"]
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, **schedule)
+        seen = []
+        for step in range(10):
+            fill_grads(ps, step)
+            optimizer.step()
+            group = optimizer.param_groups[0]
+            seen.append((float(group["lr"]), group["betas"][0]))
+            if step < 9:
+                scheduler.step()
+        assert len(set(seen)) == 10 and (not torch.is_tensor(lr) or optimizer.param_groups[0]["lr"] is before)
+        results.append((ps, seen))
+    assert results[0][1] == results[1][1]
+    assert all(map(torch.equal, results[0][0], results[1][0]))
+    # The values that the scheduler set are the ones used: the same steps by hand, with a new optimizer each time.
+    ps = params()
+    optimizer = cls(ps)
+    for step, (lr, beta1) in enumerate(results[0][1]):
+        optimizer.param_groups[0].update(lr=lr, betas=(beta1, 0.99))
+        fill_grads(ps, step)
+        optimizer.step()
+    assert all(map(torch.equal, ps, results[0][0]))
+
+
+@BOTH
+def test_named_parameters_and_closure(cls):
+    model = torch.nn.Linear(3, 2)
+    optimizer = cls(model.named_parameters(), 1e-2)
+    assert optimizer.state_dict()["param_groups"][0]["param_names"] == ["weight", "bias"]
+
+    def closure():
+        assert torch.is_grad_enabled()
+        optimizer.zero_grad()
+        loss = model(torch.ones(4, 3)).square().mean()
+        loss.backward()
+        return loss
+
+    losses = [float(optimizer.step(closure)) for _ in range(30)]
+    assert losses[-1] < 0.5 * losses[0]
+
+
+@BOTH
+def test_maximize_is_the_step_on_minus_the_loss(cls):
+    up, down = params(), params()
+    a, b = cls(up, 1e-2, maximize=True), cls(down, 1e-2)
+    for step in range(9):
+        for ps, opt, sign in ((up, a, -1), (down, b, 1)):
+            fill_grads(ps, step)
+            for p in ps:
+                p.grad *= sign
+            opt.step()
+            if step % 3 == 0:
+                opt.update_hessian()
+    assert all(map(torch.equal, up, down))
+
+
+@BOTH
+def test_complex_is_view_as_real(cls):
+    z = params((4, 3), (2,), dtype=torch.complex64)
+    x = [Parameter(torch.view_as_real(p.detach()).clone()) for p in z]
+    a, b = cls(z, 1e-2), cls(x, 1e-2)
+    for step in range(9):
+        fill_grads(x, step)
+        for p, q in zip(z, x, strict=True):
+            p.grad = torch.view_as_complex(q.grad.clone())
+        a.step(), b.step()
+        if step % 3 == 0:
+            a.update_hessian(), b.update_hessian()
+        elif step % 3 == 1 and cls is SophiaH:
+            u = [torch.randn_like(q) for q in x]
+            a.update_hessian([torch.view_as_complex(t) for t in u]), b.update_hessian(u)
+    for p, q in zip(z, x, strict=True):
+        assert torch.equal(torch.view_as_real(p), q)
+        assert torch.equal(torch.view_as_real(a.state[p]["hessian"]), b.state[q]["hessian"])
+
+
+@BOTH
+def test_one_optimizer_serves_several_dtypes_and_layouts(cls):
+    def make():
+        mixed = [params((4, 3), dtype=d)[0] for d in (torch.float32, torch.float64, torch.bfloat16, torch.complex64)]
+        return [*mixed, Parameter(torch.randn(3, 6).mT), Parameter(torch.randn(2, 3, 4, 5)[..., ::2])]
+
+    together = make()
+    alone = [Parameter(p.detach().clone()) for p in together]
+    joint = cls(together, 1e-2)
+    single = [cls([p], 1e-2) for p in alone]
+    for step in range(5):
+        for p, q, optimizer in zip(together, alone, single, strict=True):
+            fill_grads([p], step), fill_grads([q], step)
+            optimizer.step()
+        joint.step()
+    for p, q, optimizer in zip(together, alone, single, strict=True):
+        if p.dtype == torch.bfloat16:  # other index, so other rounding bits: at most one step of the format apart
+            torch.testing.assert_close(p, q, rtol=5 * 2**-7, atol=1e-3)
+            assert joint.state[p]["exp_avg"].dtype == torch.float32
+        else:
+            assert torch.equal(p, q)
+        assert torch.equal(joint.state[p]["exp_avg"], optimizer.state[q]["exp_avg"])
+
+
+@BOTH
+def test_parameters_without_gradient_stay_and_get_no_state(cls):
+    ps = params((4, 3), (5,))
+    before = ps[1].detach().clone()
+    optimizer = cls(ps)
+    fill_grads(ps[:1], 0)
+    optimizer.step()
+    assert torch.equal(ps[1], before) and ps[1] not in optimizer.state
+    cls(ps).step()  # no gradient at all
+    fill_grads(ps, 1)
+    optimizer.step()  # joins later
+    assert optimizer.state[ps[1]]["step"] is optimizer.state[ps[0]]["step"]
+
+
+@BOTH
+def test_add_param_group_joins_the_schedule(cls):
+    ps = params((4, 3), (5,))
+    optimizer = cls(ps[:1], 1e-2)
+    drive(optimizer, steps=4)
+    optimizer.add_param_group({"params": ps[1:], "lr": 1e-3})
+    first, second = optimizer.param_groups
+    for key in ("every", "phase", "steps", "refreshes"):
+        assert first[key] == second[key]
+    drive(optimizer, first=4)
+    if cls is SophiaH:  # both groups are folded with the probe that a refresh would write
+        ps = params((4, 3), (5,))
+        optimizer = cls([{"params": ps[:1]}, {"params": ps[1:], "seed": 9}])
+        fill_grads(ps, 0)
+        optimizer.update_hessian()
+        u = [torch.empty(p.shape) for p in ps]
+        ops.rademacher_(u, seed=0, refresh=0, parameter=[0, 1])
+        for p, s in zip(ps, u, strict=True):
+            torch.testing.assert_close(optimizer.state[p]["hessian"], 0.01 * s * p.grad)
+
+
+@BOTH
+@pytest.mark.parametrize("protocol", ["step", "unscale"])
+def test_grad_scaler_skips_an_infinite_step_and_unscales_the_others(cls, protocol):
+    plain, scaled = params(), params()
+    a, b = cls(plain, 1e-2), cls(scaled, 1e-2)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for step in range(6):
+        bad = step == 3
+        fill_grads(plain, step)
+        if not bad:
+            a.step()
+        scale = scaler.scale(torch.ones(()))
+        fill_grads(scaled, step)
+        for p in scaled:
+            p.grad *= float("inf") if bad else scale
+        if protocol == "unscale":
+            scaler.unscale_(b)
+        scaler.step(b)
+        scaler.update()
+    assert scaler.get_scale() == 512
+    assert all(map(torch.equal, plain, scaled)) and b.state[scaled[0]]["step"] == 5
+
+
+def test_compiled_step_equals_eager():
+    def make():
+        return [*params((4, 3), ()), *params((7,), dtype=torch.bfloat16)]
+
+    eager, compiled = make(), make()
+    a, b = (SophiaG(ps, torch.tensor(1e-2, dtype=torch.float64)) for ps in (eager, compiled))
+    step = torch.compile(b.step, backend="aot_eager")
+    for i in range(3):
+        for ps, optimizer in ((eager, a), (compiled, b)):
+            optimizer.param_groups[0]["lr"].fill_(1e-2 / (i + 1))
+            fill_grads(ps, i)
+        a.step(), step()
+    assert all(map(torch.equal, eager, compiled))
+
+
+def test_distributed_checkpoint_round_trip():
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 2).bfloat16()
+    optimizer = SophiaG(model.parameters(), 1e-2, bf16_update="master", bs=64)
+    drive(optimizer, steps=5)
+    optimizer.zero_grad()
+    saved = copy.deepcopy(get_optimizer_state_dict(model, optimizer))
+    twin = copy.deepcopy(model)
+    loaded = SophiaG(twin.parameters(), 3e-4, bf16_update="master")
+    set_optimizer_state_dict(twin, loaded, saved)
+    assert loaded.state[twin.weight]["exp_avg"].dtype == torch.float32
+    assert {k: loaded.param_groups[0][k] for k in ("lr", "bs", "steps", "refreshes")} == {
+        "lr": 1e-2,
+        "bs": 64,
+        "steps": 5,
+        "refreshes": 1,
+    }
+    assert_same(drive(optimizer, 5), drive(loaded, 5))
+
+
+# --- dtypes and files ---
+
+
+def test_bfloat16_state_is_float32_and_survives_load():
+    ps = params(dtype=torch.bfloat16)
+    optimizer = SophiaG(ps, 1e-2)
+    drive(optimizer)
+    other = SophiaG(params(dtype=torch.bfloat16))
+    other.load_state_dict(optimizer.state_dict())
+    for a, b in zip(ps, other.param_groups[0]["params"], strict=True):
+        for key in ("exp_avg", "hessian"):
+            assert other.state[b][key].dtype == torch.float32
+            assert torch.equal(other.state[b][key], optimizer.state[a][key])
+            assert other.state[b][key].data_ptr() != optimizer.state[a][key].data_ptr()
+
+
+@pytest.mark.parametrize("mode", ["stochastic", "master"])
+def test_bfloat16_run_stays_beside_the_float32_run(mode):
+    half, full = params((64, 32), dtype=torch.bfloat16), params((64, 32))
+    full[0].data.copy_(half[0].data)
+    a, b = SophiaG(half, 1e-3, bf16_update=mode), SophiaG(full, 1e-3)
+    for step in range(100):
+        fill_grads(full, step)
+        half[0].grad = full[0].grad.bfloat16()
+        full[0].grad = half[0].grad.float()
+        a.step(), b.step()
+    if mode == "master":
+        assert torch.equal(a.state[half[0]]["master"], full[0]) and torch.equal(half[0], full[0].bfloat16())
+    else:
+        # 100 unbiased roundings of |p| < 4, each with sigma < 2^-8 at most: mean over 2048 elements within 5 sigma.
+        assert (half[0].float() - full[0]).mean().abs() < 5 * 2**-7 * 10 / 2048**0.5 / 2
+
+
+def test_stochastic_bits_are_the_same_in_any_bucket():
+    # The same parameter at the same index: neighbours of another dtype or without gradients make no difference.
+    alone, among = params((50,), dtype=torch.bfloat16), params((50,), dtype=torch.bfloat16)
+    a, b = SophiaG(alone, 1e-3), SophiaG([*among, *params((7,)), *params((9,), dtype=torch.bfloat16)], 1e-3)
+    for step in range(5):
+        fill_grads(alone, step), fill_grads(among, step)
+        if step % 2:
+            fill_grads(b.param_groups[0]["params"][1:], step)
+        a.step(), b.step()
+    assert torch.equal(alone[0], among[0])
+
+
+def through_file(state_dict):
+    file = io.BytesIO()
+    torch.save(state_dict, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def reloaded(optimizer):
+    fresh = type(optimizer)([{"params": g["params"]} for g in optimizer.param_groups], 0.5, seed=77)
+    fresh.load_state_dict(through_file(optimizer.state_dict()))
+    return fresh
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.complex64], ids=str)
+@pytest.mark.parametrize(
+    "way", [reloaded, copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))], ids=["file", "deepcopy", "pickle"]
+)
+def test_copies_continue_bit_for_bit(cls, dtype, way):
+    ps = params(dtype=dtype)
+    mode = "master" if way is reloaded else "stochastic"
+    optimizer = cls([{"params": ps[:2], "lr": 1e-2}, {"params": ps[2:], "seed": 3}], bf16_update=mode)
+    drive(optimizer, steps=7)
+    values = [p.detach().clone() for p in ps]
+    twin = way(optimizer)
+    assert_same(snapshot(twin), snapshot(optimizer))
+    drive(optimizer, 7)
+    expected = snapshot(optimizer)
+    for p, value in zip((p for g in twin.param_groups for p in g["params"]), values, strict=True):
+        p.data.copy_(value)
+    drive(twin, 7)
+    assert_same(snapshot(twin), expected)
+
+
+def official_file(ps, **changes):
+    """A state dict as the published SophiaG writes it."""
+    state = {
+        i: {"step": torch.tensor(40.0), "exp_avg": torch.full_like(p, 1e-3), "hessian": torch.full_like(p, 1e-6)}
+        for i, p in enumerate(p.detach() for p in ps)
+    }
+    group = {"lr": 6e-4, "betas": (0.9, 0.95), "rho": 0.05, "weight_decay": 0.2, "maximize": False}
+    return {"state": state, "param_groups": [group | {"capturable": False, "params": [*range(len(ps))]} | changes]}
+
+
+@pytest.mark.parametrize(
+    "step", [torch.tensor(40.0), 40, 40.0, torch.full((1,), 40.0)], ids=["0-d", "int", "float", "1-d"]
+)
+def test_official_file_loads_and_keeps_its_options(step):
+    ps, file = params(), official_file(params())
+    for state in file["state"].values():
+        state["step"] = step
+    optimizer = SophiaG(ps, bs=480 * 1024)
+    with pytest.warns(UserWarning, match="no bs: keeping bs=491520"):
+        optimizer.load_state_dict(file)
+    group = optimizer.param_groups[0]
+    assert (group["lr"], group["betas"], group["rho"], group["bs"]) == (6e-4, (0.9, 0.95), 0.05, 491520)
+    official = Official(params(), 6e-4, (0.9, 0.95), 0.05, 0.2)
+    for m, h in zip(official.m, official.h, strict=True):
+        m.fill_(1e-3), h.fill_(1e-6)
+    fill_grads(ps, 0), fill_grads(official.ps, 0)
+    optimizer.step(), official.step(480 * 1024)
+    assert all(map(torch.equal, ps, official.ps))
+    assert optimizer.state[ps[0]]["step"] == 41 and optimizer.state[ps[0]]["step"].dim() == 0
+
+
+def test_old_official_file_with_gamma_loads_as_rho_times_bs():
+    file = official_file(params())
+    file["param_groups"][0]["gamma"] = 2e4 + 0 * file["param_groups"][0].pop("rho")
+    optimizer = SophiaG(params(), bs=1000)
+    with pytest.warns(UserWarning, match="no bs"):
+        optimizer.load_state_dict(file)
+    assert optimizer.param_groups[0]["rho"] == 20 and "gamma" not in optimizer.param_groups[0]
+
+
+@pytest.mark.filterwarnings("ignore:the loaded file has no bs")
+def test_official_bfloat16_file_is_widened_and_gets_a_master_copy():
+    ps = params(dtype=torch.bfloat16)
+    optimizer = SophiaG(ps, bf16_update="master")
+    optimizer.load_state_dict(official_file(ps))
+    assert optimizer.state[ps[0]]["hessian"].dtype == torch.float32
+    fill_grads(ps, 0)
+    optimizer.step()
+    for p in ps:
+        assert torch.equal(p, optimizer.state[p]["master"].bfloat16())
+
+
+def test_load_keeps_the_schedule_of_an_attached_optimizer_if_the_file_has_none():
+    model = torch.nn.Linear(3, 2)
+    saved = SophiaG(model.parameters()).state_dict()
+    optimizer = SophiaG(model.parameters())
+    optimizer.attach(model, every=3, phase="official")
+    optimizer.load_state_dict(saved)
+    assert (optimizer.param_groups[0]["every"], optimizer.param_groups[0]["phase"]) == (3, "official")
+
+
+def test_load_respects_what_the_hooks_of_the_user_made_of_the_file():
+    ps = params((3,), (3,), dtype=torch.bfloat16)
+    optimizer = SophiaG(ps)
+    drive(optimizer)
+    other = SophiaG(params((3,), (3,), dtype=torch.bfloat16))
+
+    def swap(_, file):
+        return file | {"state": {0: file["state"][1], 1: file["state"][0]}}
+
+    other.register_load_state_dict_pre_hook(swap)
+    other.load_state_dict(optimizer.state_dict())
+    a, b = other.param_groups[0]["params"]
+    assert torch.equal(other.state[a]["exp_avg"], optimizer.state[ps[1]]["exp_avg"])
+    assert torch.equal(other.state[b]["exp_avg"], optimizer.state[ps[0]]["exp_avg"])
+
+
+# --- bad input ---
+
+HALF = [torch.zeros(2, dtype=torch.float16, requires_grad=True)]
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"lr": -1.0}, ValueError, "learning rate: -1.0, expected .* >= 0"),
+        ({"lr": float("nan")}, ValueError, "learning rate: nan"),
+        ({"lr": torch.tensor([1.0, 2.0])}, ValueError, r"lr must be 1-element, got shape \(2,\)"),
+        ({"rho": -0.1}, ValueError, "rho: -0.1, expected .* >= 0"),
+        ({"weight_decay": -0.1}, ValueError, "weight_decay: -0.1, expected .* >= 0"),
+        ({"eps": -1e-9}, ValueError, "eps: -1e-09, expected .* >= 0"),
+        ({"betas": (1.0, 0.9)}, ValueError, "beta parameter at index 0: 1.0, expected 0 <= beta < 1"),
+        ({"betas": (0.9, -0.1)}, ValueError, "beta parameter at index 1: -0.1, expected 0 <= beta < 1"),
+        ({"betas": (0.9,)}, ValueError, r"betas: \(0.9,\), expected two"),
+        ({"bs": 0}, ValueError, "bs: 0, expected .* > 0"),
+        ({"bs": -5}, ValueError, "bs: -5, expected .* > 0"),
+        ({"bs": float("inf")}, ValueError, "bs: inf, expected a finite"),
+        ({"seed": 0.5}, TypeError, "seed: 0.5, expected an integer"),
+        ({"bf16_update": "kahan"}, ValueError, "bf16_update: 'kahan', expected 'stochastic', 'master' or 'nearest'"),
+        ({"fused": True}, RuntimeError, "fused=True is not supported"),
+        ({"capturable": True}, RuntimeError, "capturable=True is not supported"),
+        ({"differentiable": True}, RuntimeError, "differentiable=True is not supported"),
+        ({"params": HALF}, TypeError, "parameter 0 has dtype torch.float16, expected one of torch.float32"),
+        ({"params": []}, ValueError, "empty parameter list"),
+        ({"params": torch.zeros(2)}, TypeError, "iterable of Tensors"),
+        ({"params": [1.0]}, TypeError, "can only optimize Tensors"),
+    ],
+    ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
+)
+def test_bad_construction_names_argument_given_and_expected(options, error, words):
+    options = {"params": params()} | options
+    with pytest.raises(error, match=words):
+        SophiaG(**options)
+    if "params" not in options or len(options) == 1:
+        return
+    optimizer = SophiaG(params((2,)))
+    before = snapshot(optimizer)
+    with pytest.raises(error, match=words):
+        optimizer.add_param_group(options)
+    assert_same(snapshot(optimizer), before)
+
+
+def test_duplicate_parameters_warn_in_a_group_and_raise_across_groups():
+    (p,) = params((2,))
+    with pytest.warns(UserWarning, match="duplicate"):
+        SophiaG([p, p])
+    with pytest.raises(ValueError, match="more than one parameter group"):
+        SophiaG([{"params": [p]}, {"params": [p]}])
+
+
+def used():
+    optimizer = SophiaG(params((4, 3), (5,)), 1e-2)
+    drive(optimizer)
+    return optimizer
+
+
+def sparse_gradient(optimizer):
+    ps = optimizer.param_groups[0]["params"]
+    fill_grads(ps, 0)
+    ps[1].grad = ps[1].grad.to_sparse()
+
+
+def other_state_shape(optimizer):
+    ps = optimizer.param_groups[0]["params"]
+    fill_grads(ps, 0)
+    optimizer.state[ps[1]]["hessian"] = torch.zeros(6)
+
+
+def other_file(change):
+    def load(optimizer):
+        file = copy.deepcopy(optimizer.state_dict())
+        change(file)
+        optimizer.load_state_dict(file)
+
+    return load
+
+
+def nothing(optimizer):
+    fill_grads(optimizer.param_groups[0]["params"], 0)
+
+
+LOAD = {
+    "shape": lambda f: f["state"][1].update(hessian=torch.zeros(6)),
+    "adam": lambda f: f["state"][1].update(exp_avg_sq=f["state"][1].pop("hessian")),
+    "groups": lambda f: f["param_groups"].append(f["param_groups"][0]),
+    "size": lambda f: f["param_groups"][0]["params"].append(2),
+}
+
+
+@pytest.mark.parametrize(
+    ("prepare", "call", "error", "words"),
+    [
+        (sparse_gradient, lambda o: o.step(), RuntimeError, "SophiaG does not support sparse gradients"),
+        (sparse_gradient, lambda o: o.update_hessian(), RuntimeError, "SophiaG does not support sparse gradients"),
+        (other_state_shape, lambda o: o.step(), ValueError, r"hessian\[0\] has shape \(6,\).*expected \(5,\)"),
+        (nothing, lambda o: o.step(bs=0), ValueError, "bs: 0, expected"),
+        (nothing, lambda o: o.step(bs=-3), ValueError, "bs: -3, expected"),
+        (nothing, other_file(LOAD["shape"]), ValueError, r"hessian of parameter 1 .*\(6,\), expected \(5,\)"),
+        (nothing, other_file(LOAD["adam"]), ValueError, r"parameter 1 has .*'exp_avg_sq'.* expected \['hessian'\]"),
+        (nothing, other_file(LOAD["groups"]), ValueError, "different number of parameter groups"),
+        (nothing, other_file(LOAD["size"]), ValueError, "doesn't match the size"),
+        (nothing, lambda o: o.attach(3), TypeError, "model is int, expected a torch.nn.Module"),
+        (nothing, lambda o: o.attach(torch.nn.Identity(), every=0), ValueError, "every=0, expected an integer >= 1"),
+        (nothing, lambda o: o.attach(torch.nn.Identity(), every=2.5), ValueError, "every=2.5, expected an integer"),
+        (nothing, lambda o: o.attach(torch.nn.Identity(), phase="late"), ValueError, "'late', expected 'paper' or"),
+        (nothing, lambda o: o.attach(torch.nn.Identity(), masks=len), TypeError, "'masks', expected .*'mask'"),
+        (nothing, lambda o: o.attach(torch.nn.Identity(), mask=3), TypeError, "mask is int, expected a callable"),
+        (nothing, lambda o: o.refresh(torch.nn.Identity(), []), ValueError, "batches is empty, expected at least one"),
+        (nothing, lambda o: o.refresh(torch.nn.Identity(), [], foo=len), TypeError, "option 'foo', expected"),
+    ],
+    ids=lambda x: x[:24] if isinstance(x, str) else "",
+)
+def test_a_bad_call_names_the_argument_and_changes_nothing(prepare, call, error, words):
+    optimizer = used()
+    prepare(optimizer)
+    before = snapshot(optimizer)
+    with pytest.raises(error, match=words):
+        call(optimizer)
+    assert_same(snapshot(optimizer), before)
+
+
+def test_bad_probes_of_update_hessian_change_nothing():
+    optimizer = SophiaH(params((4, 3), (5,)))
+    drive(optimizer)
+    before = snapshot(optimizer)
+    for u, words in [
+        ([torch.ones(4, 3)], "u has 1 tensors, expected 2"),
+        ([torch.ones(5)] * 2, r"u\[0\].*\(5,\).*\(4, 3\)"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            optimizer.update_hessian(u)
+        assert_same(snapshot(optimizer), before)
+
+
+def test_nearest_warns_once():
+    with pytest.warns(UserWarning, match="bf16_update='nearest' loses"):
+        SophiaG(params(dtype=torch.bfloat16), bf16_update="nearest")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        SophiaG(params(), bf16_update="nearest")
+        SophiaG(params(dtype=torch.bfloat16))
+
+
+def test_twenty_steps_without_a_refresh_warn_once():
+    ps = params()
+    optimizer = SophiaG(ps)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for step in range(20):
+            fill_grads(ps, step)
+            optimizer.step()
+    with pytest.warns(UserWarning, match="without a curvature refresh") as caught:
+        for _ in range(30):
+            optimizer.step()
+    assert len(caught) == 1
+
+
+def test_everything_clipped_warns_and_stats_report_it():
+    ps = params()
+    optimizer = SophiaG(ps, rho=0.0)
+    assert optimizer.stats() == {"steps": 0, "refreshes": 0, "skipped": 0, "unclipped": None}
+    with pytest.warns(UserWarning, match="clips every element"):
+        for step in range(60):
+            fill_grads(ps, step)
+            optimizer.step()
+            if step % 10 == 0:
+                optimizer.update_hessian()
+    assert optimizer.stats() == {"steps": 60, "refreshes": 6, "skipped": 0, "unclipped": 0.0}
+
+
+# --- PyTorch's own contract tests ---
+
+OPTIONS = [{}, {"weight_decay": 0.9}, {"maximize": True}, {"lr": torch.tensor(1e-3)}, {"rho": 1.0, "eps": 1e-8}]
+every_option = pytest.mark.parametrize("options", OPTIONS, ids=str)
+
+
+@BOTH
+def test_contract_error_inputs(cls):
+    common = pytest.importorskip("torch.testing._internal.common_optimizers", reason="needs expecttest")
+    for case in common.get_error_inputs_for_all_optims("cpu", torch.float32):
+        given = case.optimizer_error_input
+        wanted = given.params if given.params is not None else params((1, 1))
+        if case.error_type is UserWarning:
+            with pytest.warns(UserWarning, match=case.error_regex):
+                cls(wanted, **given.kwargs)
+        else:
+            with pytest.raises(case.error_type, match=case.error_regex):
+                cls(wanted, **given.kwargs)
+
+
+@BOTH
+@every_option
+def test_contract_foreach_is_the_for_loop_and_no_gradient_is_no_change(cls, options):
+    results = []
+    for foreach in (False, True, None):
+        ps = params()
+        optimizer = cls(ps, **options, foreach=foreach)
+        start = [p.detach().clone() for p in ps]
+        optimizer.step()
+        assert all(map(torch.equal, ps, start))
+        results.append([p.detach() for p in drive(optimizer)])
+    assert_same(results[0], results[1])
+    assert_same(results[0], results[2])
+
+
+@BOTH
+@every_option
+def test_contract_state_dict_deepcopy_and_pickle(cls, options):
+    optimizer = cls(params(), **options)
+    drive(optimizer)
+    for twin in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+        assert_same(snapshot(twin), snapshot(optimizer))
+        public = {k for k in dir(optimizer) if not k.startswith("_")}
+        assert {k for k in dir(twin) if not k.startswith("_")} == public
+    # A file from before a flag existed, and with python numbers for step.
+    file = optimizer.state_dict()
+    assert all(torch.is_tensor(state["step"]) for state in file["state"].values())
+    groups = [{k: v for k, v in g.items() if k != "foreach"} for g in file["param_groups"]]
+    state = {i: {**s, "step": float(s["step"])} for i, s in file["state"].items()}
+    fresh = cls(params(), **options)
+    fresh.load_state_dict({"state": state, "param_groups": groups})
+    assert_same(snapshot(fresh), (snapshot(fresh)[0], *snapshot(optimizer)[1:]))
+
+
+@BOTH
+def test_contract_hooks_and_zero_grad(cls):
+    ps = params()
+    optimizer = cls(ps)
+    seen = []
+    optimizer.register_step_pre_hook(lambda *a: seen.append("pre"))
+    optimizer.register_step_post_hook(lambda *a: seen.append("post"))
+    optimizer.register_state_dict_post_hook(lambda *a: seen.append("state"))
+    optimizer.register_load_state_dict_post_hook(lambda *a: seen.append("load"))
+    fill_grads(ps, 0)
+    optimizer.step()
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert seen == ["pre", "post", "state", "load"]
+    optimizer.zero_grad()
+    assert all(p.grad is None for p in ps)
