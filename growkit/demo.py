@@ -28,7 +28,7 @@ import growkit
 CONTEXT, BATCH, VALIDATION_WINDOWS = 128, 12, 128
 SMALL = {"n_layer": 3, "n_embd": 96, "n_head": 6}
 LARGE = {"n_layer": 6, "n_embd": 144, "n_head": 9}
-SMALL_STEPS, FIT_STEPS, LARGE_STEPS = 500, 100, 300
+SMALL_STEPS, FIT_STEPS, LARGE_STEPS = 400, 100, 250
 REFRESH_EVERY = 10
 
 # Found by `growkit demo --full`; see docs/training.md.
@@ -133,6 +133,14 @@ def adamw(model, seed=0, **options):
     return torch.optim.AdamW(groups(model), **{**ADAMW, **options})
 
 
+def builder(optimizer, setting):
+    """(model, seed) -> the optimizer named in SWEEP, with one of its settings."""
+    build, default = {"SophiaG": (sophia, SOPHIA), "AdamW": (adamw, ADAMW)}[optimizer]
+    options = {k: v for k, v in setting.items() if k != "beta1"}
+    options["betas"] = setting["beta1"], default["betas"][1]
+    return lambda model, seed: build(model, seed, **options)
+
+
 # --- training --------------------------------------------------------------------------------------------------------
 
 
@@ -192,12 +200,10 @@ def train(run, model, corpus, optimizer, steps, bar, *, phase, seed, stream=0, m
     return run.points[-1]["bits_per_byte"]
 
 
-def steps_for(flops, model):
-    """Steps of the large model whose cost, refreshes included, comes nearest to `flops`."""
-    cost, steps = step_flops(model), 0
-    while (steps + 1 + math.ceil((steps + 1) / REFRESH_EVERY)) * cost <= flops:
-        steps += 1
-    return max(1, steps)
+def steps_for(flops, model, refreshed):
+    """The most steps that cost no more than `flops`, at least one, with a refresh after steps 1, 11, ... if any."""
+    passes = int(flops / step_flops(model))
+    return max(1, passes - math.ceil(passes / (REFRESH_EVERY + 1)) if refreshed else passes)
 
 
 # --- the job ---------------------------------------------------------------------------------------------------------
@@ -269,8 +275,7 @@ class _Job:
         large = self.grow(small, growth)
         self.train_large(large, growth)
         scratch = self.begin("from scratch")
-        self.train_scratch(growth, scratch)
-        self.write()
+        self.train_scratch(growth, scratch, "large from scratch, same FLOPs", sophia, refreshed=True)
         self.show_table()
         self.say(verdict(growth, scratch))
         self.say(f"written: {', '.join(str(self.out / f) for f in ('results.json', 'curves.png', 'grown'))}")
@@ -279,8 +284,9 @@ class _Job:
         self.runs.append(Run(name))
         return self.runs[-1]
 
-    def train(self, run, model, steps, **options):
-        train(run, model, self.corpus, sophia(model, self.seed), steps, self.bar, seed=self.seed, **options)
+    def train(self, run, model, steps, build=sophia, seed=None, **options):
+        seed = self.seed if seed is None else seed
+        train(run, model, self.corpus, build(model, seed), steps, self.bar, seed=seed, **options)
 
     def train_small(self, growth):
         model = new_model(SMALL, self.seed, self.device)
@@ -316,12 +322,11 @@ class _Job:
         self.say(f"grown model trained on: {_sophia_words(growth.notes['large'])}")
         self.say(save(large, self.out / "grown"))
 
-    def train_scratch(self, growth, scratch):
+    def train_scratch(self, growth, scratch, what, build, refreshed):
         model = new_model(LARGE, self.seed, self.device)
-        steps = steps_for(growth.flops, model)
-        self.train(scratch, model, steps, phase="large", marks=16)
-        self.row("large from scratch, same FLOPs", model, scratch)
-        self.say(f"large model from scratch: {_sophia_words(scratch.notes['large'])}")
+        steps = steps_for(growth.flops, model, refreshed)
+        self.train(scratch, model, steps, build, phase="large", marks=10)
+        self.row(what, model, scratch)
 
     def show_table(self):
         table = Table(title="validation bits per byte against everything spent so far")
@@ -342,34 +347,34 @@ class _Job:
     # --- --full ---
 
     def sweep(self):
-        """AdamW and SophiaG alike over learning rate and beta1, and rho for SophiaG, on the small model."""
-        entries = []
+        """AdamW and SophiaG alike over learning rate and beta1, and rho for SophiaG, on the small model.
+
+        The best of each is run on more seeds, and the best AdamW also trains the large model from scratch.
+        """
+        entries, best = [], {}
+        self.results |= {"sweep": entries, "best": best}
         for optimizer, axes in SWEEP.items():
             for values in itertools.product(*axes.values()):
                 entries.append(self.trial(optimizer, dict(zip(axes, values, strict=True)), self.seed))
-                self.results["sweep"] = entries
                 self.write()
-        best = []
         for optimizer in SWEEP:
-            tried = (e for e in entries if e["optimizer"] == optimizer and not math.isnan(e["bits_per_byte"]))
+            tried = [e for e in entries if e["optimizer"] == optimizer and not math.isnan(e["bits_per_byte"])]
             setting = min(tried, key=lambda e: e["bits_per_byte"])["setting"]
-            runs = [self.trial(optimizer, setting, self.seed + i) for i in range(CONFIRM_SEEDS)]
-            best.append({"optimizer": optimizer, "setting": setting, "runs": runs})
-        self.results["best"] = best
-        self.write()
+            best[optimizer] = [self.trial(optimizer, setting, self.seed + i) for i in range(CONFIRM_SEEDS)]
         self.show_sweep(entries, best)
+        scratch = self.begin("from scratch, AdamW")
+        build = builder("AdamW", best["AdamW"][0]["setting"])
+        self.train_scratch(self.runs[0], scratch, "large from scratch, best AdamW, same FLOPs", build, refreshed=False)
+        self.show_table()
+        self.say(verdict(self.runs[0], scratch))
 
     def trial(self, optimizer, setting, seed):
-        model = new_model(SMALL, seed, self.device)
-        beta1, rest = setting["beta1"], {k: v for k, v in setting.items() if k != "beta1"}
-        build, default = (sophia, SOPHIA) if optimizer == "SophiaG" else (adamw, ADAMW)
-        trial = Run(optimizer)
-        built = build(model, seed, betas=(beta1, default["betas"][1]), **rest)
-        steps = self.steps(SMALL_STEPS)
-        bits = train(trial, model, self.corpus, built, steps, self.bar, phase="small", seed=seed, marks=1)
-        unclipped = trial.notes.get("small", {}).get("unclipped")
-        cost = {"bits_per_byte": bits, "seconds": trial.seconds, "flops": trial.flops, "unclipped": unclipped}
-        self.say(f"{optimizer} {setting} seed {seed}: {bits:.4f} bits per byte, {trial.seconds:.0f} s")
+        run = Run(optimizer)
+        model, steps = new_model(SMALL, seed, self.device), self.steps(SMALL_STEPS)
+        self.train(run, model, steps, builder(optimizer, setting), seed, phase="small", marks=1)
+        bits, unclipped = run.points[-1]["bits_per_byte"], run.notes.get("small", {}).get("unclipped")
+        self.say(f"{optimizer} {setting} seed {seed}: {bits:.4f} bits per byte, {run.seconds:.0f} s")
+        cost = {"bits_per_byte": bits, "seconds": run.seconds, "flops": run.flops, "unclipped": unclipped}
         return {"optimizer": optimizer, "setting": setting, "seed": seed, **cost}
 
     def show_sweep(self, entries, best):
@@ -381,9 +386,9 @@ class _Job:
             unclipped = "" if e["unclipped"] is None else f"{e['unclipped']:.3f}"
             table.add_row(e["optimizer"], setting, f"{e['bits_per_byte']:.4f}", unclipped)
         self.bar.console.print(table)
-        for b in best:
-            bits = ", ".join(f"{r['bits_per_byte']:.4f}" for r in b["runs"])
-            self.say(f"best {b['optimizer']} {b['setting']}, {CONFIRM_SEEDS} seeds: {bits}")
+        for optimizer, runs in best.items():
+            bits = ", ".join(f"{r['bits_per_byte']:.4f}" for r in runs)
+            self.say(f"best {optimizer} {runs[0]['setting']}, {len(runs)} seeds: {bits}")
 
 
 def _sophia_words(notes):
@@ -431,7 +436,7 @@ def plot(runs, file):
     phases = {"small": "small model", "operator": "operator", "large": "large model"}
     styles = {"small": ":", "operator": "--", "large": "-"}
     for ax, key, label in zip(axes, ("flops", "seconds"), ("training FLOPs", "training seconds"), strict=True):
-        for color, run in zip(("#c44e52", "#4c72b0"), runs, strict=False):
+        for color, run in zip(("#c44e52", "#4c72b0", "#55a868"), runs, strict=False):
             for phase, points in itertools.groupby(_joined(run.points), key=lambda p: p["phase"]):
                 points = list(points)
                 name = f"{run.name}: {phases[phase]}"
