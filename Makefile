@@ -36,9 +36,10 @@ $(INSTALLED): pyproject.toml setup.py Makefile
 	$(if $(filter-out $@,$(wildcard .venv/.installed-*)),rm -rf .venv)
 	$(PYTHON) -m venv .venv || \
 		{ echo "'$(PYTHON) -m venv .venv' failed; on Debian and Ubuntu it needs: apt install python3-venv"; exit 1; }
-	.venv/bin/pip install torch==2.13.0
-	.venv/bin/pip install 'setuptools>=77'
-	.venv/bin/pip install --no-build-isolation -e '.[dev]'
+	@echo "installing torch and growkit's tools into .venv, once; about a minute, more on a slow line"
+	@.venv/bin/pip install --quiet torch==2.13.0
+	@.venv/bin/pip install --quiet 'setuptools>=77'
+	@.venv/bin/pip install --quiet --no-build-isolation -e '.[dev]'
 	@touch $@
 
 clean:

@@ -276,6 +276,7 @@ class _Job:
         self.train_large(large, growth)
         scratch = self.begin("from scratch")
         self.train_scratch(growth, scratch, "large from scratch, same FLOPs", sophia, refreshed=True)
+        self.say(f"large model from scratch: {_sophia_words(scratch.notes['large'])}")
         self.show_table()
         self.say(verdict(growth, scratch))
         self.say(f"written: {', '.join(str(self.out / f) for f in ('results.json', 'curves.png', 'grown'))}")
