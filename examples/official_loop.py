@@ -16,38 +16,9 @@ from torch.nn.functional import cross_entropy
 
 import growkit
 from growkit import demo
+from growkit.bench import OfficialSophia
 
 BS = demo.BATCH * (demo.CONTEXT - 1)
-
-
-class OfficialSophia(torch.optim.Optimizer):
-    """The operations of the official SophiaG, one by one and in its order."""
-
-    def __init__(self, params, lr, betas, rho, weight_decay):
-        super().__init__(params, {"lr": lr, "betas": betas, "rho": rho, "weight_decay": weight_decay})
-        for p in self.parameters():
-            self.state[p] = {"m": torch.zeros_like(p), "h": torch.zeros_like(p)}
-
-    def parameters(self):
-        return [p for group in self.param_groups for p in group["params"]]
-
-    @torch.no_grad()
-    def step(self, closure=None, bs=BS):
-        for group in self.param_groups:
-            (beta1, _), lr, rho = group["betas"], group["lr"], group["rho"]
-            for p in group["params"]:
-                m, h = self.state[p]["m"], self.state[p]["h"]
-                p.mul_(1 - lr * group["weight_decay"])
-                m.mul_(beta1).add_(p.grad, alpha=1 - beta1)
-                ratio = (m.abs() / (rho * bs * h + 1e-15)).clamp(None, 1)
-                p.addcmul_(m.sign(), ratio, value=-lr)
-
-    @torch.no_grad()
-    def update_hessian(self):
-        for group in self.param_groups:
-            beta2 = group["betas"][1]
-            for p in group["params"]:
-                self.state[p]["h"].mul_(beta2).addcmul_(p.grad, p.grad, value=1 - beta2)
 
 
 def official_loop(optimizer, model, corpus, steps):

@@ -6,6 +6,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined, so before growkit is imported
 
+torch.set_num_threads(1)  # operations this small only lose time to threads that wait for each other
+
 
 def pytest_collection_modifyitems(items):
     if not torch.cuda.is_available():

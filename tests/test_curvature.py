@@ -18,15 +18,6 @@ BOTH = pytest.mark.parametrize("cls", [SophiaG, SophiaH])
 LOSS = {SophiaG: {}, SophiaH: {"loss": lambda z: cross_entropy(z.flatten(0, -2), torch.arange(z[..., 0].numel()) % 3)}}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    # Operations this small only lose time, a lot of it on a busy machine, to threads that wait for each other.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def mlp(dtype=torch.float32):
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).to(dtype)

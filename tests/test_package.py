@@ -98,7 +98,7 @@ def test_import_and_info_need_only_torch(clean_python, tmp_path):
 LAYERS = (
     ("growkit.reference", "growkit.kernels", "growkit.plan"),
     ("growkit.ops",),
-    ("growkit.optim", "growkit.growth"),
+    ("growkit.optim", "growkit.growth", "growkit.bench"),
     ("growkit",),
     ("growkit.demo",),
     ("growkit.cli",),

@@ -10,34 +10,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from growkit import ops, reference
+from growkit.bench import official_step
 
 BLOCK = 64
 LR, BETA1, RHO_BS, EPS, DECAY = 1e-2, 0.965, 0.05 * 1024, 1e-15, 0.2
-SCALARS = {"lr": LR, "beta1": BETA1, "rho_bs": RHO_BS, "eps": EPS, "weight_decay": DECAY}
+OFFICIAL = {"lr": LR, "beta1": BETA1, "rho_bs": RHO_BS, "weight_decay": DECAY}
+SCALARS = {**OFFICIAL, "eps": EPS}
 KEY = {"seed": 3, "refresh": 5}
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    # Operations this small only lose time, a lot of it on a busy machine, to threads that wait for each other.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
 def small_block(monkeypatch):
     monkeypatch.setattr(reference, "BLOCK", BLOCK)
-
-
-def official_step(p, g, m, h, maximize=False):
-    """The ten operations of the published SophiaG, in their order, on one tensor."""
-    g = -g if maximize else g
-    p.mul_(1 - LR * DECAY)
-    m.mul_(BETA1).add_(g, alpha=1 - BETA1)
-    ratio = (m.abs() / (RHO_BS * h + EPS)).clamp(None, 1)
-    p.addcmul_(m.sign(), ratio, value=-LR)
 
 
 def operands(shape, dtype=torch.float32, seed=0):
@@ -78,7 +62,7 @@ def test_step_is_the_official_op_sequence_bit_for_bit(shape, layout, dtype, maxi
     expected = [t.clone() for t in (p, g, m, h)]
     ours = [LAYOUTS[layout](t) for t in (p, g, m, h)]
     for _ in range(3):
-        official_step(*expected, maximize=maximize)
+        official_step(*expected, **OFFICIAL, maximize=maximize)
         ops.sophia_step_(*([t] for t in ours), **SCALARS, maximize=maximize)
     assert all(map(torch.equal, ours, expected))
 
@@ -86,7 +70,7 @@ def test_step_is_the_official_op_sequence_bit_for_bit(shape, layout, dtype, maxi
 def test_step_walks_mixed_layouts_and_channels_last(small_block):
     p, g, m, h = operands((2, 3, 8, 5))
     expected = [t.clone() for t in (p, g, m, h)]
-    official_step(*expected)
+    official_step(*expected, **OFFICIAL)
     last = {"memory_format": torch.channels_last}
     for ours in ([t.contiguous(**last) for t in (p, g, m, h)], [p.clone(**last), g.clone(), m.clone(**last), h.mT.mT]):
         ops.sophia_step_(*([t] for t in ours), **SCALARS)
@@ -98,7 +82,7 @@ def test_step_is_the_official_op_sequence_at_the_real_block_size():
     for size in (reference.BLOCK - 1, reference.BLOCK, 2 * reference.BLOCK + 17):
         expected = operands(size)
         ours = [t.clone() for t in expected]
-        official_step(*expected)
+        official_step(*expected, **OFFICIAL)
         ops.sophia_step_(*([t] for t in ours), **SCALARS)
         assert all(map(torch.equal, ours, expected))
 
