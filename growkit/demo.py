@@ -275,7 +275,7 @@ class _Job:
         large = self.grow(small, growth)
         self.train_large(large, growth)
         scratch = self.begin("from scratch")
-        self.train_scratch(growth, scratch, "large from scratch, same FLOPs", sophia, refreshed=True)
+        self.spend_alike(growth, scratch, "large from scratch, same FLOPs", LARGE)
         self.say(f"large model from scratch: {_sophia_words(scratch.notes['large'])}")
         self.show_table()
         self.say(verdict(growth, scratch))
@@ -323,11 +323,12 @@ class _Job:
         self.say(f"grown model trained on: {_sophia_words(growth.notes['large'])}")
         self.say(save(large, self.out / "grown"))
 
-    def train_scratch(self, growth, scratch, what, build, refreshed):
-        model = new_model(LARGE, self.seed, self.device)
+    def spend_alike(self, growth, run, what, size, build=sophia, refreshed=True):
+        """Train a new model from scratch for the FLOPs that growth took."""
+        model = new_model(size, self.seed, self.device)
         steps = steps_for(growth.flops, model, refreshed)
-        self.train(scratch, model, steps, build, phase="large", marks=10)
-        self.row(what, model, scratch)
+        self.train(run, model, steps, build, phase="small" if size is SMALL else "large", marks=10)
+        self.row(what, model, run)
 
     def show_table(self):
         table = Table(title="validation bits per byte against everything spent so far")
@@ -350,7 +351,8 @@ class _Job:
     def sweep(self):
         """AdamW and SophiaG alike over learning rate and beta1, and rho for SophiaG, on the small model.
 
-        The best of each is run on more seeds, and the best AdamW also trains the large model from scratch.
+        The best of each is run on more seeds. Two more runs cost what growth did: the large model from scratch with the
+        best AdamW, and the small model with SophiaG, never grown.
         """
         entries, best = [], {}
         self.results |= {"sweep": entries, "best": best}
@@ -363,11 +365,13 @@ class _Job:
             setting = min(tried, key=lambda e: e["bits_per_byte"])["setting"]
             best[optimizer] = [self.trial(optimizer, setting, self.seed + i) for i in range(CONFIRM_SEEDS)]
         self.show_sweep(entries, best)
-        scratch = self.begin("from scratch, AdamW")
+        growth, scratch, small = self.runs[0], self.begin("from scratch, AdamW"), self.begin("never grown")
         build = builder("AdamW", best["AdamW"][0]["setting"])
-        self.train_scratch(self.runs[0], scratch, "large from scratch, best AdamW, same FLOPs", build, refreshed=False)
+        self.spend_alike(growth, scratch, "large from scratch, best AdamW, same FLOPs", LARGE, build, refreshed=False)
+        self.spend_alike(growth, small, "small, never grown, same FLOPs", SMALL)
         self.show_table()
-        self.say(verdict(self.runs[0], scratch))
+        self.say(f"Against AdamW from scratch: {verdict(growth, scratch)}")
+        self.say(f"Against never growing: {verdict(growth, small)}")
 
     def trial(self, optimizer, setting, seed):
         run = Run(optimizer)
@@ -414,16 +418,16 @@ def save(model, folder):
     return f"checkpoint {folder}: loaded back, nothing missing or unexpected, same logits"
 
 
-def verdict(growth, scratch):
+def verdict(growth, other):
     """Who won, in words."""
-    a, b = growth.points[-1], scratch.points[-1]
+    a, b = growth.points[-1], other.points[-1]
     gap = b["bits_per_byte"] - a["bits_per_byte"]
     words = f"At {a['flops']:.3g} FLOPs, everything counted, "
     if abs(gap) < 0.01:
-        words += "growing and training from scratch tie"
+        words += "growing ties"
     else:
-        words += "growing wins" if gap > 0 else "training from scratch wins"
-    words += f": {a['bits_per_byte']:.4f} against {b['bits_per_byte']:.4f} bits per byte (one seed)."
+        words += "growing wins" if gap > 0 else "growing loses"
+    words += f": {a['bits_per_byte']:.4f} bits per byte, {other.name} {b['bits_per_byte']:.4f} (one seed)."
     reached = [p for p in growth.points if p["bits_per_byte"] <= b["bits_per_byte"]]
     if gap > 0 and reached:
         share = reached[0]["flops"] / b["flops"]
@@ -432,22 +436,29 @@ def verdict(growth, scratch):
 
 
 def plot(runs, file):
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    figure = Figure(figsize=(10, 4.4), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
-    phases = {"small": "small model", "operator": "operator", "large": "large model"}
-    styles = {"small": ":", "operator": "--", "large": "-"}
+    phases = {"small": ("small model", ":"), "operator": ("operator", "--"), "large": ("large model", "-")}
     for ax, key, label in zip(axes, ("flops", "seconds"), ("training FLOPs", "training seconds"), strict=True):
-        for color, run in zip(("#c44e52", "#4c72b0", "#55a868"), runs, strict=False):
+        for color, run in zip(("#c44e52", "#4c72b0", "#55a868", "#8172b3"), runs, strict=False):
             for phase, points in itertools.groupby(_joined(run.points), key=lambda p: p["phase"]):
-                points = list(points)
-                name = f"{run.name}: {phases[phase]}"
-                x, y = [p[key] for p in points], [p["bits_per_byte"] for p in points]
-                ax.plot(x, y, styles[phase], color=color, marker="o", markersize=3, label=name)
+                x, y = zip(*((p[key], p["bits_per_byte"]) for p in points), strict=True)
+                name, style = phases[phase]
+                ax.plot(x, y, style, color=color, marker="o", markersize=3, label=f"{run.name}: {name}")
+            if run.points:
+                ax.annotate(f" {y[-1]:.2f}", (x[-1], y[-1]), color=color, va="center")
         ax.set_xlabel(label)
+        ax.margins(x=0.08)
         ax.grid(alpha=0.3)
         ax.spines[["top", "right"]].set_visible(False)
+    # Where every run starts, near 8 bits, is of no interest: the picture is of the last part of the way.
+    last = [run.points[-1]["bits_per_byte"] for run in runs if run.points]
+    if last:
+        axes[0].set_ylim(0.95 * min(last), 1.6 * max(last))
     axes[0].set_ylabel("validation bits per byte")
-    axes[0].legend(frameon=False)
+    axes[1].legend(frameon=False)
+    sizes = (f"{size['n_layer']} layers x {size['n_embd']}" for size in (SMALL, LARGE))
+    figure.suptitle(f"GPT-2 on bytes: {' grown to '.join(sizes)}", fontsize=11)
     figure.savefig(file, dpi=150, format="png")
 
 

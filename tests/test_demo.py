@@ -95,7 +95,11 @@ def test_full_sweeps_both_optimizers_and_confirms_the_best(run, tmp_path):
         tried = [e for e in written["sweep"] if e["optimizer"] == optimizer]
         assert [r["seed"] for r in runs] == [0, 1]
         assert runs[0]["bits_per_byte"] == min(e["bits_per_byte"] for e in tried)
-    assert written["table"][-1]["what"] == "large from scratch, best AdamW, same FLOPs"
+    growth, adamw, small = written["table"][-4], *written["table"][-2:]
+    assert adamw["what"] == "large from scratch, best AdamW, same FLOPs" and small["what"].startswith(
+        "small, never grown"
+    )
+    assert 0.5 * growth["flops"] < adamw["flops"] <= growth["flops"] and small["flops"] <= growth["flops"]
 
 
 def test_data_may_be_a_file_or_a_folder(tmp_path):
@@ -145,7 +149,7 @@ def test_steps_for_is_the_most_that_fits(passes):
 
 @pytest.mark.parametrize(
     ("grown", "scratch", "words"),
-    [(2.0, 2.5, "growing wins"), (2.5, 2.0, "training from scratch wins"), (2.0, 2.005, "tie")],
+    [(2.0, 2.5, "growing wins"), (2.5, 2.0, "growing loses"), (2.0, 2.005, "growing ties")],
 )
 def test_verdict_says_who_won(grown, scratch, words):
     points = [{"flops": 1e9, "bits_per_byte": bits} for bits in (grown, scratch)]
