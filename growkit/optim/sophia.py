@@ -343,7 +343,14 @@ class _Sophia(Optimizer):
         """Refresh the curvature now, on all of `batches` (an iterable of model inputs), as one estimate.
 
         A dict is passed to the model by keyword, a tuple or list by position. Gradients, buffers and the random state
-        are as before afterwards. A refresh that is not finite is skipped and counted in `stats()`.
+        are as before afterwards. A refresh that is not finite is skipped and counted in `stats()`. The gradient of the
+        sampled labels is not clipped. Options, all callables:
+
+        logits(output) -> [..., V], by default `output.logits`, the first of a tuple, or the output (SophiaG).
+        mask(args, kwargs) -> bool, shaped as logits without V: which labels count; by default those that are not -100
+            in a keyword `labels`, shifted for causal transformers models, and all without one (SophiaG).
+        loss(output): for SophiaG, (mean NLL of labels drawn from the model, their number), for outputs that are not
+            categorical; for SophiaH, the training loss, by default `output.loss`.
         """
         self._check_options(options)
         calls = [curvature.as_call(batch) for batch in batches]
