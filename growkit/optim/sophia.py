@@ -22,12 +22,10 @@ class _Sophia(Optimizer):
     and `seed` they are the whole schedule, and survive state_dict, pickling and distributed checkpoints as group keys.
     """
 
-    def __init__(self, params, defaults, *, foreach, fused, capturable, differentiable):
-        # foreach is accepted for loaders that always pass it; every step is one call on lists of tensors anyway.
-        flags = {"foreach": foreach, "fused": fused, "capturable": capturable, "differentiable": differentiable}
+    def __init__(self, params, **defaults):
         schedule = {"every": 0, "phase": "paper", "steps": 0, "refreshes": 0}
         self._reset_runtime()
-        super().__init__(params, {**defaults, **flags, **schedule})
+        super().__init__(params, {**defaults, **schedule})
 
     def _reset_runtime(self):
         """What belongs to this process and is not saved: the attached model, counts, warnings given."""
@@ -449,6 +447,8 @@ class SophiaG(_Sophia):
     weight_decay: decoupled, applied before the step.
     bs: labels per optimizer step in the official code, which multiplies h by it at use. `attach` and `refresh` count
         labels themselves and store h so that bs cancels; with bare `update_hessian()` it must be the number of labels.
+    foreach: without effect, for every step is one call on lists of tensors anyway.
+    fused, capturable, differentiable: not supported in this version; True raises RuntimeError.
     bf16_update: how bfloat16 parameters take a float32 result: "stochastic" rounding (unbiased, default), a float32
         "master" copy in the state, or "nearest" (small updates vanish).
     seed: keys sampled labels, probes and rounding bits; the global random state is never used.
@@ -477,11 +477,9 @@ class SophiaG(_Sophia):
         bf16_update="stochastic",
         seed=0,
     ):
-        options = {"lr": lr, "betas": betas, "rho": rho, "weight_decay": weight_decay, "maximize": maximize, "bs": bs}
-        options |= {"eps": eps, "bf16_update": bf16_update, "seed": seed}
-        super().__init__(
-            params, options, foreach=foreach, fused=fused, capturable=capturable, differentiable=differentiable
-        )
+        flags = {"foreach": foreach, "fused": fused, "capturable": capturable, "differentiable": differentiable}
+        common = {"maximize": maximize, "eps": eps, "bf16_update": bf16_update, "seed": seed, **flags}
+        super().__init__(params, lr=lr, betas=betas, rho=rho, weight_decay=weight_decay, bs=bs, **common)
 
     def update_hessian(self):
         """h <- beta2*h + (1-beta2)*g^2 with the gradients that `.grad` holds, as in the official code."""
@@ -526,11 +524,9 @@ class SophiaH(_Sophia):
         bf16_update="stochastic",
         seed=0,
     ):
-        options = {"lr": lr, "betas": betas, "rho": rho, "weight_decay": weight_decay, "maximize": maximize, "bs": 1}
-        options |= {"eps": eps, "bf16_update": bf16_update, "seed": seed}
-        super().__init__(
-            params, options, foreach=foreach, fused=fused, capturable=capturable, differentiable=differentiable
-        )
+        flags = {"foreach": foreach, "fused": fused, "capturable": capturable, "differentiable": differentiable}
+        common = {"maximize": maximize, "eps": eps, "bf16_update": bf16_update, "seed": seed, **flags}
+        super().__init__(params, lr=lr, betas=betas, rho=rho, weight_decay=weight_decay, bs=1, **common)
 
     def update_hessian(self, u=None):
         """h <- beta2*h + (1-beta2)*u*(Hu), with Hu in `.grad` and u a list of probes, one per parameter with a `.grad`.
