@@ -32,8 +32,7 @@ class _Sophia(Optimizer):
         self._attachment = None
         self._refreshing = False
         self._since_refresh = 0
-        self._unclipped = {}  # device -> number of unclipped elements in the last counted step
-        self._counted = 0
+        self._unclipped = {}  # device -> (elements not clipped in the last counted step, a tensor; elements counted)
         self._skipped = 0
         self._reported = None  # copies of both for the host, made at a refresh and read at the next one
         self._warned = set()
@@ -247,7 +246,7 @@ class _Sophia(Optimizer):
     def _update(self, bs):
         counting = curvature.is_due(self.param_groups[0])
         if counting:
-            self._unclipped, self._counted = {}, 0
+            self._unclipped.clear()
         for first, group in self._groups():
             self._ensure_state(group)
             states = [self.state[p] for p in group["params"] if p.grad is not None]
@@ -258,8 +257,8 @@ class _Sophia(Optimizer):
                 p, count = bucket["p"], None
                 if counting:
                     zero = torch.zeros((), dtype=torch.int64, device=p[0].device)
-                    count = self._unclipped.setdefault(p[0].device, zero)
-                    self._counted += sum(t.numel() for t in p)
+                    count, counted = self._unclipped.get(p[0].device, (zero, 0))
+                    self._unclipped[p[0].device] = count, counted + sum(t.numel() for t in p)
                 stochastic = p[0].dtype == torch.bfloat16 and group["bf16_update"] == "stochastic"
                 ops.sophia_step_(
                     p,
@@ -407,7 +406,7 @@ class _Sophia(Optimizer):
                     "loss that the refresh differentiates",
                 )
         host = {"device": "cpu", "non_blocking": True}
-        self._reported = self._skipped.to(**host), [c.to(**host) for c in self._unclipped.values()]
+        self._reported = self._skipped.to(**host), [count.to(**host) for count, _ in self._unclipped.values()]
 
     def stats(self):
         """How the optimizer fares: {steps, refreshes, skipped, unclipped}. May wait for the device.
@@ -416,7 +415,8 @@ class _Sophia(Optimizer):
         due; None before the first such step. skipped: refreshes of this process that were not finite.
         """
         group = self.param_groups[0]
-        unclipped = sum(int(c) for c in self._unclipped.values()) / self._counted if self._counted else None
+        elements = sum(counted for _, counted in self._unclipped.values())
+        unclipped = sum(int(count) for count, _ in self._unclipped.values()) / elements if elements else None
         return {
             "steps": group["steps"],
             "refreshes": group["refreshes"],
