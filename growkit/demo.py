@@ -115,12 +115,14 @@ def step_flops(model):
 
 def groups(model):
     """Parameter groups: weight decay for the matrices of the blocks, none for embeddings, norms and biases."""
-    decays = lambda name, p: p.dim() == 2 and "wte" not in name and "wpe" not in name  # noqa: E731
-    named = list(model.named_parameters())
-    return [
-        {"params": [p for name, p in named if decays(name, p)]},
-        {"params": [p for name, p in named if not decays(name, p)], "weight_decay": 0.0},
-    ]
+    decayed, others = [], []
+    for name, p in model.named_parameters():
+        (decayed if p.dim() == 2 and "wte" not in name and "wpe" not in name else others).append(p)
+    return [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
+
+
+def refreshes(optimizer):
+    return optimizer.stats()["refreshes"] if isinstance(optimizer, growkit.SophiaG) else 0
 
 
 def sophia(model, seed=0, **options):
@@ -172,9 +174,7 @@ def train(run, model, corpus, optimizer, steps, bar, *, phase, seed, stream=0, m
     schedule = transformers.get_cosine_with_min_lr_schedule_with_warmup(
         optimizer, num_warmup_steps=max(1, steps // 10), num_training_steps=steps, min_lr_rate=0.1
     )
-    cost = step_flops(model)
-    refreshes = lambda: optimizer.stats()["refreshes"] if isinstance(optimizer, growkit.SophiaG) else 0  # noqa: E731
-    before = refreshes()
+    before, cost = run.flops, step_flops(model)
     if not run.points:
         run.mark(model, corpus, phase)
     task = bar.add_task(run.name, total=steps, loss=float("nan"))
@@ -188,14 +188,11 @@ def train(run, model, corpus, optimizer, steps, bar, *, phase, seed, stream=0, m
             optimizer.zero_grad()
             run.steps += 1
             bar.update(task, advance=1, loss=float(loss.detach()))
-        # A refresh is one more forward and backward of the batch.
-        after = refreshes()
-        run.flops += cost * (1 + after - before)
-        before = after
+        run.flops = before + cost * (step + refreshes(optimizer))  # a refresh is one more forward and backward
         if step % max(10, steps // marks) == 0 or step == steps:
             run.mark(model, corpus, phase)
     bar.remove_task(task)
-    if isinstance(optimizer, growkit.SophiaG):
+    if refreshes(optimizer):
         run.notes[phase] = {k: optimizer.stats()[k] for k in ("refreshes", "skipped", "unclipped")}
     return run.points[-1]["bits_per_byte"]
 
@@ -248,7 +245,7 @@ def run(*, data, device, seed, out, steps_scale, full):
 class _Job:
     def __init__(self, corpus, seed, device, scale, console, out, results):
         self.corpus, self.seed, self.device, self.scale = corpus, seed, device, scale
-        self.console, self.out, self.results = console, out, results
+        self.out, self.results = out, results
         self.rows, self.runs = [], []
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
         columns += TextColumn("loss {task.fields[loss]:.3f}"), TimeRemainingColumn()
@@ -279,7 +276,7 @@ class _Job:
         self.say(f"large model from scratch: {_sophia_words(scratch.notes['large'])}")
         self.show_table()
         self.say(verdict(growth, scratch))
-        self.say(f"written: {', '.join(str(self.out / f) for f in ('results.json', 'curves.png', 'grown'))}")
+        self.say(f"written: {', '.join(str(self.out / f) for f in ('results.json', 'curves.png', 'small', 'grown'))}")
 
     def begin(self, name):
         self.runs.append(Run(name))
@@ -295,6 +292,7 @@ class _Job:
         self.train(growth, model, steps, phase="small")
         self.row("small model", model, growth)
         self.say(f"small model trained: {_sophia_words(growth.notes['small'])}")
+        self.say(save(model, self.out / "small"))
         return model
 
     def grow(self, small, growth):
@@ -302,12 +300,15 @@ class _Job:
         started = operator.grow().to(self.device)
         before, after = growth.points[-1]["bits_per_byte"], growth.mark(started, self.corpus, "operator")
         self.row("grown, lossless start", started, growth)
-        self.say(f"grown without loss: {before:.6f} -> {after:.6f} bits per byte")
+        self.say(f"grown: {before:.6f} -> {after:.6f} bits per byte, changed by {abs(after - before):.1e}")
         steps = self.steps(FIT_STEPS)
         task = self.bar.add_task("operator", total=steps, loss=float("nan"))
-        advance = lambda step, loss: self.bar.update(task, advance=1, loss=loss)  # noqa: E731
         with growth.clock():
-            operator.fit(self.corpus.batches(self.seed, 1), steps=steps, progress=advance)
+            operator.fit(
+                self.corpus.batches(self.seed, 1),
+                steps=steps,
+                progress=lambda step, loss: self.bar.update(task, advance=1, loss=loss),
+            )
         self.bar.remove_task(task)
         growth.flops += steps * (step_flops(started) + sum(operator.flops_per_expansion))
         growth.steps += steps

@@ -84,6 +84,7 @@ def test_interrupted_demo_keeps_what_had_finished(run, tmp_path, monkeypatch, ca
     assert run() == 130
     assert [row["what"] for row in results(tmp_path / "out")["table"]][:2] == ["small model", "grown, lossless start"]
     assert (tmp_path / "out" / "curves.png").exists()
+    GPT2LMHeadModel.from_pretrained(tmp_path / "out" / "small")
     assert "interrupted" in capsys.readouterr().out
 
 
