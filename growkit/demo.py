@@ -177,7 +177,7 @@ def train(run, model, corpus, optimizer, steps, bar, *, phase, seed, stream=0, m
     before, cost = run.flops, step_flops(model)
     if not run.points:
         run.mark(model, corpus, phase)
-    task = bar.add_task(run.name, total=steps, loss=float("nan"))
+    task = bar.add_task(f"{run.name}: {phase} model", total=steps, loss="")
     for step, batch in zip(range(1, steps + 1), corpus.batches(seed, stream), strict=False):
         with run.clock():
             loss = model(**batch).loss
@@ -187,7 +187,7 @@ def train(run, model, corpus, optimizer, steps, bar, *, phase, seed, stream=0, m
             schedule.step()
             optimizer.zero_grad()
             run.steps += 1
-            bar.update(task, advance=1, loss=float(loss.detach()))
+            bar.update(task, advance=1, loss=f"loss {loss.detach():.3f}")
         run.flops = before + cost * (step + refreshes(optimizer))  # a refresh is one more forward and backward
         if step % max(10, steps // marks) == 0 or step == steps:
             run.mark(model, corpus, phase)
@@ -248,7 +248,7 @@ class _Job:
         self.out, self.results = out, results
         self.rows, self.runs = [], []
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
-        columns += TextColumn("loss {task.fields[loss]:.3f}"), TimeRemainingColumn()
+        columns += TextColumn("{task.fields[loss]}"), TimeRemainingColumn()
         self.bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
     def steps(self, steps):
@@ -302,12 +302,12 @@ class _Job:
         self.row("grown, lossless start", started, growth)
         self.say(f"grown: {before:.6f} -> {after:.6f} bits per byte, changed by {abs(after - before):.1e}")
         steps = self.steps(FIT_STEPS)
-        task = self.bar.add_task("operator", total=steps, loss=float("nan"))
+        task = self.bar.add_task("growth: operator", total=steps, loss="")
         with growth.clock():
             operator.fit(
                 self.corpus.batches(self.seed, 1),
                 steps=steps,
-                progress=lambda step, loss: self.bar.update(task, advance=1, loss=loss),
+                progress=lambda step, loss: self.bar.update(task, advance=1, loss=f"loss {loss:.3f}"),
             )
         self.bar.remove_task(task)
         growth.flops += steps * (step_flops(started) + sum(operator.flops_per_expansion))
