@@ -559,6 +559,7 @@ HALF = [torch.zeros(2, dtype=torch.float16, requires_grad=True)]
         ({"eps": -1e-9}, ValueError, "eps: -1e-09, expected .* >= 0"),
         ({"betas": (1.0, 0.9)}, ValueError, "beta parameter at index 0: 1.0, expected 0 <= beta < 1"),
         ({"betas": (0.9, -0.1)}, ValueError, "beta parameter at index 1: -0.1, expected 0 <= beta < 1"),
+        ({"betas": 0.9}, ValueError, "Invalid betas: 0.9, expected two numbers"),
         ({"betas": (0.9,)}, ValueError, r"betas: \(0.9,\), expected two"),
         ({"bs": 0}, ValueError, "bs: 0, expected .* > 0"),
         ({"bs": -5}, ValueError, "bs: -5, expected .* > 0"),

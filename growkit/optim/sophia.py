@@ -59,7 +59,7 @@ class _Sophia(Optimizer):
             if not 0 <= float(group[name]) < float("inf"):
                 raise ValueError(f"Invalid {called}: {group[name]}, expected a finite number >= 0")
         self._check_bs(group["bs"])
-        if len(group["betas"]) != 2:
+        if not isinstance(group["betas"], (tuple, list)) or len(group["betas"]) != 2:
             raise ValueError(f"Invalid betas: {group['betas']}, expected two numbers")
         if not isinstance(group["seed"], int):
             raise TypeError(f"Invalid seed: {group['seed']!r}, expected an integer")
