@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 
 import growkit
 from growkit import demo
-from growkit.bench import OfficialSophia
+from growkit.bench.sophia import OfficialSophia
 
 BS = demo.BATCH * (demo.CONTEXT - 1)
 

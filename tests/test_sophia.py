@@ -14,7 +14,7 @@ from torch.nn import Parameter
 from torch.utils._pytree import tree_flatten
 
 from growkit import ops
-from growkit.bench import OfficialSophia
+from growkit.bench.sophia import OfficialSophia
 from growkit.optim import SophiaG, SophiaH
 
 DATA = pathlib.Path(__file__).parent / "data"

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from growkit import ops, reference
-from growkit.bench import official_step
+from growkit.bench.sophia import official_step
 
 BLOCK = 64
 LR, BETA1, RHO_BS, EPS, DECAY = 1e-2, 0.965, 0.05 * 1024, 1e-15, 0.2

@@ -1,19 +1,9 @@
-"""What growkit is compared with, and how: the official op sequence of Sophia, and timing in pairs.
-
-    python -m growkit.bench
-
-prints the CPU step against the official one, on one thread, after checking that both give the same bits. Much of the
-official time is page faults on fresh temporaries: MALLOC_TOP_PAD_=1000000000 MALLOC_MMAP_THRESHOLD_=4000000000
-MALLOC_TRIM_THRESHOLD_=4000000000 in the environment make glibc keep freed pages, and leave the arithmetic.
-"""
-
-import platform
-import statistics
-import time
+"""Sophia's steps to compare: the official op sequence, and what is timed against it."""
 
 import torch
 
 from growkit import ops
+from growkit.bench.measure import paired
 
 
 def official_step(p, g, m, h, *, lr, beta1, rho_bs, weight_decay, maximize=False):
@@ -50,27 +40,6 @@ class OfficialSophia(torch.optim.Optimizer):
                 self.state[p]["hessian"].mul_(beta2).addcmul_(p.grad, p.grad, value=1 - beta2)
 
 
-def paired(a, b, rounds=9):
-    """Process CPU time of a and b in turn: {a, b: least seconds; ratio: median of a/b per round; noise}.
-
-    noise: the spread of b/b in the same rounds, as (90th percentile - 10th) of the ratio of two calls of b.
-    """
-    a(), b()
-    times = []
-    for _ in range(rounds):
-        times.append([_seconds(f) for f in (a, b, b)])
-    ratios = [x / (y + z) * 2 for x, y, z in times]
-    repeats = statistics.quantiles([y / z for _, y, z in times], n=10)
-    least = {"a": min(x for x, _, _ in times), "b": min(min(y, z) for _, y, z in times)}
-    return {**least, "ratio": statistics.median(ratios), "noise": repeats[-1] - repeats[0]}
-
-
-def _seconds(f):
-    start = time.process_time()
-    f()
-    return time.process_time() - start
-
-
 def gpt2_shapes(layers=12, width=384, vocabulary=50257, positions=1024):
     """Shapes of the parameters of a GPT-2, biases and norms included."""
     d = width
@@ -100,18 +69,3 @@ def cpu_step(shapes, rounds=9):
             if not torch.equal(a, b):
                 raise AssertionError(f"sophia_step_ and the official step differ in {key}")
     return result
-
-
-def main():
-    torch.set_num_threads(1)
-    shapes = gpt2_shapes()
-    count = sum(torch.Size(shape).numel() for shape in shapes)
-    print(f"torch {torch.__version__}, {platform.processor() or platform.machine()}, 1 thread, process CPU time")
-    print(f"{len(shapes)} float32 tensors, {count / 1e6:.1f}M elements")
-    r = cpu_step(shapes)
-    print(f"official {r['a'] * 1e3:.1f} ms, growkit {r['b'] * 1e3:.1f} ms, ratio {r['ratio']:.2f}, same bits")
-    print(f"noise of the ratio: {r['noise']:.2f} (growkit against itself)")
-
-
-if __name__ == "__main__":
-    main()
