@@ -1,0 +1,298 @@
+"""Sophia's update and curvature refreshes: one launch for a list of any number of tensors.
+
+Each function computes the op of the same name in `growkit.reference`, whose equations and arguments it shares, in
+float32 for CUDA tensors of dtype float32, bfloat16 or float16. Operations are rounded one by one, in the order of the
+official code's PyTorch kernels, with `fma` where those have it. Full chunks of aligned tensors take 128-bit accesses;
+tails and unaligned tensors take masked ones. Deterministic.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from growkit.kernels import multi_tensor
+from growkit.kernels.multi_tensor import address, aligned, chunk_of, fact
+from growkit.kernels.philox import key
+from growkit.kernels.probe import CURVATURE_ROUNDING, PROBE, ROUNDING, halves, signs, to_bfloat16
+
+# Elements that a program handles at a time: 16 bytes per thread of the narrowest list, by the choice of `_warps`.
+BLOCK = 1024
+# At most so many programs, each taking every so-manyth chunk; None: a program per chunk.
+PROGRAMS = None
+
+
+@triton.jit
+def _is_set(skip):
+    if skip is None:
+        return False
+    else:
+        return tl.load(skip) != 0
+
+
+@triton.jit
+def _update(
+    p, g, m, h, w, mask, lr, decay, beta1, gain, rho_bs, eps, scale, e0, parameter, time, k0, k1,
+    MAX: tl.constexpr, SCALED: tl.constexpr, STOCHASTIC: tl.constexpr, MASTER: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Update one block; p, g, m, h, w: pointers to its first element. Returns |m| < d, int1 [BLOCK]."""
+    off = tl.arange(0, BLOCK)
+    w_ = tl.load(w + off, mask).to(tl.float32)
+    g_ = tl.load(g + off, mask).to(tl.float32)
+    m_ = tl.load(m + off, mask).to(tl.float32)
+    h_ = tl.load(h + off, mask).to(tl.float32)
+    if SCALED:
+        g_ *= scale
+    m_ = tl.fma(g_, gain, m_ * beta1)
+    if MAX:
+        d = tl.maximum(h_ * rho_bs, eps, propagate_nan=tl.PropagateNan.ALL)
+    else:
+        d = h_ * rho_bs + eps
+    u = tl.div_rn(m_, d)
+    w_ = tl.fma(tl.clamp(u, -1.0, 1.0, propagate_nan=tl.PropagateNan.ALL), -lr, w_ * decay)
+    tl.store(m + off, m_.to(m.dtype.element_ty), mask)
+    if MASTER:
+        tl.store(w + off, w_, mask)
+    if STOCHASTIC:
+        w_ = to_bfloat16(w_, halves(e0, parameter, time, k0, k1 ^ ROUNDING, BLOCK))
+    tl.store(p + off, w_.to(p.dtype.element_ty), mask)
+    return tl.abs(u) < 1
+
+
+@triton.jit(do_not_specialize=["tensors", "count", "lr", "decay", "rho_bs", "time", "k0", "k1"])
+def _sophia_step(
+    addresses, facts, chunks, tensors, count, lr, decay, weight_decay, beta1, gain, rho_bs, eps,
+    lr_at, rho_bs_at, scale, skip, unclipped, step, time: tl.uint32, k0: tl.uint32, k1: tl.uint32,
+    P: tl.constexpr, G: tl.constexpr, M: tl.constexpr, H: tl.constexpr, MASTER: tl.constexpr,
+    MAX: tl.constexpr, STOCHASTIC: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    if _is_set(skip):
+        return
+    if lr_at is not None:
+        lr = tl.load(lr_at).to(tl.float32)
+        decay = tl.fma(-lr, weight_decay, 1.0)
+    if rho_bs_at is not None:
+        rho_bs = tl.load(rho_bs_at).to(tl.float32)
+    s = 1.0
+    if scale is not None:
+        s = tl.load(scale).to(tl.float32)
+    if step is not None:
+        time = tl.load(step).to(tl.uint32)
+    W: tl.constexpr = P if MASTER is None else MASTER
+    off = tl.arange(0, BLOCK)
+    below = 0
+    for c in range(tl.program_id(0), count, tl.num_programs(0)):
+        t, number = chunk_of(chunks, count, c)
+        start = number * CHUNK
+        left = fact(facts, tensors, t, 0) - start
+        p_at, g_at = address(addresses, tensors, t, 0), address(addresses, tensors, t, 1)
+        m_at, h_at = address(addresses, tensors, t, 2), address(addresses, tensors, t, 3)
+        w_at = p_at if MASTER is None else address(addresses, tensors, t, 4)
+        parameter, e0 = 0, start
+        if STOCHASTIC:
+            parameter, e0 = fact(facts, tensors, t, 1), fact(facts, tensors, t, 2) + start
+        if (left >= CHUNK) & ((p_at | g_at | m_at | h_at | w_at) & 15 == 0):
+            p, g, m = aligned(p_at, P) + start, aligned(g_at, G) + start, aligned(m_at, M) + start
+            h, w = aligned(h_at, H) + start, aligned(w_at, W) + start
+            for i in tl.range(0, CHUNK, BLOCK, num_stages=1):
+                clear = _update(
+                    p + i, g + i, m + i, h + i, w + i, None, lr, decay, beta1, gain, rho_bs, eps, s,
+                    e0 + i, parameter, time, k0, k1, MAX, scale is not None, STOCHASTIC, MASTER is not None, BLOCK,
+                )  # fmt: skip
+                if unclipped is not None:
+                    below += tl.sum(clear.to(tl.int32))
+        else:
+            p, g = p_at.to(tl.pointer_type(P)) + start, g_at.to(tl.pointer_type(G)) + start
+            m, h = m_at.to(tl.pointer_type(M)) + start, h_at.to(tl.pointer_type(H)) + start
+            w = w_at.to(tl.pointer_type(W)) + start
+            for i in range(0, tl.minimum(left, CHUNK).to(tl.int32), BLOCK):
+                mask = off < left - i
+                clear = _update(
+                    p + i, g + i, m + i, h + i, w + i, mask, lr, decay, beta1, gain, rho_bs, eps, s,
+                    e0 + i, parameter, time, k0, k1, MAX, scale is not None, STOCHASTIC, MASTER is not None, BLOCK,
+                )  # fmt: skip
+                if unclipped is not None:
+                    below += tl.sum((clear & mask).to(tl.int32))
+    if unclipped is not None:
+        tl.atomic_add(unclipped, below.to(tl.int64), sem="relaxed")
+
+
+def sophia_step_(
+    p,
+    g,
+    m,
+    h,
+    master=None,
+    unclipped=None,
+    *,
+    lr,
+    beta1,
+    rho_bs,
+    eps,
+    weight_decay,
+    denominator="add",
+    maximize=False,
+    scale=None,
+    skip=None,
+    step=None,
+    seed=None,
+    parameter=(),
+    offset=(),
+):
+    """`growkit.reference.sophia_step_` for CUDA tensors, one dtype per list.
+
+    lr, rho_bs: floats, or tensors that the kernel reads (so a CUDA graph replays with their present values). step: on
+    the device it is read by the kernel, too. The host waits for nothing.
+    """
+    if not p:
+        return
+    narrow = m[0].dtype != p[0].dtype
+    stochastic = narrow and not master and seed is not None
+    lists = {"p": p, "g": g, "m": m, "h": h, **({"master": master} if narrow and master else {})}
+    lists = multi_tensor.Lists(
+        "sophia_step_", ("p", "m", "master"), lists, *((parameter, offset) if stochastic else ())
+    )
+    (lr, lr_at), (rho_bs, rho_bs_at) = _host_or_device(lr), _host_or_device(rho_bs)
+    _launch(
+        _sophia_step,
+        lists,
+        lr,
+        1 - lr * weight_decay,
+        weight_decay,
+        beta1,
+        beta1 - 1 if maximize else 1 - beta1,
+        rho_bs,
+        eps,
+        lr_at,
+        rho_bs_at,
+        _there(scale, p[0].device),
+        _there(skip, p[0].device),
+        unclipped,
+        step if stochastic and step.is_cuda else None,
+        int(step) if stochastic and not step.is_cuda else 0,
+        *key(seed or 0, 0),
+        *lists.dtypes,
+        *[None] * (5 - len(lists.dtypes)),
+        denominator == "max",
+        stochastic,
+    )
+
+
+@triton.jit
+def _fold(
+    h, x, u, mask, beta2, gain, e0, parameter, time, k0, k1,
+    KIND: tl.constexpr, STOCHASTIC: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """h <- beta2*h + gain*x*y in one block, y = x ("gnb"), *u ("given") or the probe's signs ("drawn")."""
+    off = tl.arange(0, BLOCK)
+    x_ = tl.load(x + off, mask).to(tl.float32)
+    h_ = tl.load(h + off, mask).to(tl.float32)
+    if KIND == "gnb":
+        y = x_
+    elif KIND == "given":
+        y = tl.load(u + off, mask).to(tl.float32)
+    else:
+        y = signs(e0, parameter, time, k0, k1 ^ PROBE, BLOCK)
+    h_ = tl.fma(x_ * y, gain, h_ * beta2)
+    if STOCHASTIC:
+        h_ = to_bfloat16(h_, halves(e0, parameter, time, k0, k1 ^ CURVATURE_ROUNDING, BLOCK))
+    tl.store(h + off, h_.to(h.dtype.element_ty), mask)
+
+
+@triton.jit(do_not_specialize=["tensors", "count", "time", "k0", "k1"])
+def _refresh(
+    addresses, facts, chunks, tensors, count, beta2, gain, scale, skip, time: tl.uint32, k0: tl.uint32, k1: tl.uint32,
+    H: tl.constexpr, X: tl.constexpr, U: tl.constexpr,
+    KIND: tl.constexpr, STOCHASTIC: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    if _is_set(skip):
+        return
+    if scale is not None:
+        gain *= tl.load(scale).to(tl.float32)
+    off = tl.arange(0, BLOCK)
+    for c in range(tl.program_id(0), count, tl.num_programs(0)):
+        t, number = chunk_of(chunks, count, c)
+        start = number * CHUNK
+        left = fact(facts, tensors, t, 0) - start
+        h_at, x_at = address(addresses, tensors, t, 0), address(addresses, tensors, t, 1)
+        u_at = x_at if U is None else address(addresses, tensors, t, 2)
+        parameter, e0 = 0, start
+        if STOCHASTIC or KIND == "drawn":
+            parameter, e0 = fact(facts, tensors, t, 1), fact(facts, tensors, t, 2) + start
+        UX: tl.constexpr = X if U is None else U
+        if (left >= CHUNK) & ((h_at | x_at | u_at) & 15 == 0):
+            h, x, u = aligned(h_at, H) + start, aligned(x_at, X) + start, aligned(u_at, UX) + start
+            for i in tl.range(0, CHUNK, BLOCK, num_stages=1):
+                _fold(
+                    h + i, x + i, u + i, None, beta2, gain, e0 + i, parameter, time, k0, k1, KIND, STOCHASTIC, BLOCK
+                )  # fmt: skip
+        else:
+            h, x = h_at.to(tl.pointer_type(H)) + start, x_at.to(tl.pointer_type(X)) + start
+            u = u_at.to(tl.pointer_type(UX)) + start
+            for i in range(0, tl.minimum(left, CHUNK).to(tl.int32), BLOCK):
+                mask = off < left - i
+                _fold(
+                    h + i, x + i, u + i, mask, beta2, gain, e0 + i, parameter, time, k0, k1, KIND, STOCHASTIC, BLOCK
+                )  # fmt: skip
+
+
+def gnb_ema_(h, g, scale=None, skip=None, *, beta2, seed=None, refresh=0, parameter=(), offset=()):
+    """`growkit.reference.gnb_ema_` for CUDA tensors, one dtype per list."""
+    _fold_lists("gnb", {"h": h, "g": g}, scale, skip, beta2, seed, refresh, parameter, offset)
+
+
+def hutchinson_ema_(h, hu, u=None, scale=None, skip=None, *, beta2, seed=0, refresh=0, parameter=(), offset=()):
+    """`growkit.reference.hutchinson_ema_` for CUDA tensors, one dtype per list."""
+    kind, lists = ("drawn", {"h": h, "hu": hu}) if u is None else ("given", {"h": h, "hu": hu, "u": u})
+    _fold_lists(kind, lists, scale, skip, beta2, seed, refresh, parameter, offset)
+
+
+def _fold_lists(kind, lists, scale, skip, beta2, seed, refresh, parameter, offset):
+    h = lists["h"]
+    if not h:
+        return
+    stochastic = h[0].dtype == torch.bfloat16 and seed is not None and len(parameter) > 0
+    keys = (parameter, offset) if stochastic or kind == "drawn" else ()
+    lists = multi_tensor.Lists(f"refresh of h ({kind})", ("h",), lists, *keys)
+    _launch(
+        _refresh,
+        lists,
+        beta2,
+        1 - beta2,
+        _there(scale, h[0].device),
+        _there(skip, h[0].device),
+        refresh,
+        *key(seed or 0, 0),
+        *lists.dtypes,
+        *[None] * (3 - len(lists.dtypes)),
+        kind,
+        stochastic,
+        drawn=kind == "drawn",
+    )
+
+
+def _host_or_device(x):
+    """(number, None), or (0, tensor) for a number that lies on the device."""
+    return (0.0, x) if isinstance(x, torch.Tensor) and x.is_cuda else (float(x), None)
+
+
+def _there(x, device):
+    return x if x is None or x.device == device else x.to(device, non_blocking=True)
+
+
+def _warps(dtypes, drawn=False):
+    """8 warps where a thread's 16 bytes are 4 elements; 4 where they are 8, or where 8 share one call of Philox."""
+    return 4 if drawn or any(dtype != tl.float32 for dtype in dtypes) else 8
+
+
+def _launch(kernel, lists, *arguments, drawn=False):
+    chunks = lists.arguments[-1]
+    if chunks:
+        kernel[(min(chunks, PROGRAMS or chunks),)](
+            *lists.arguments,
+            *arguments,
+            multi_tensor.CHUNK,
+            BLOCK,
+            num_warps=_warps(lists.dtypes, drawn),
+            enable_fp_fusion=False,
+        )
+    lists.finish()
