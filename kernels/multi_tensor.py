@@ -65,7 +65,10 @@ class Lists:
             if found[i] is None or not found[i].are(tensors):
                 found[i] = _keep(_seen, (op, name, id(tensors[0]), len(first)), _Checked(op, name, tensors, first))
             if found[i].numel != found[0].numel:
-                raise ValueError(f"{op}: {name} has {found[i].numel} elements, expected {found[0].numel}")
+                k = next(
+                    k for k, pair in enumerate(zip(found[i].numel, found[0].numel, strict=True)) if len(set(pair)) > 1
+                )
+                raise ValueError(f"{op}: {name}[{k}] has {found[i].numel[k]} elements, expected {found[0].numel[k]}")
         self.dtypes = [DTYPES[each.dtype] for each in found]
         self._copies, tensors = [], list(lists.values())
         if not all(each.contiguous for each in found):
@@ -75,6 +78,7 @@ class Lists:
         table = _tables.get(key) or _keep(_tables, key, _Table(found[0].device, *facts))
         addresses = table.addresses([list(map(torch.Tensor.data_ptr, each)) for each in tensors])
         self.arguments = addresses, table.facts, table.chunks, len(first), table.chunks.shape[1]
+        self._tensors = tensors  # copies among them must live until the launch
 
     def _dense(self, lists, written, numbered):
         result = [list(tensors) for tensors in lists.values()]

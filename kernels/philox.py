@@ -1,4 +1,4 @@
-"""Philox4x32-10 (Salmon et al., SC 2011) inside Triton kernels: bit for bit the numbers of `growkit.reference.philox`."""
+"""Philox4x32-10 (Salmon et al., SC 2011) in Triton kernels: the numbers of `growkit.reference.philox`, bit for bit."""
 
 import triton
 import triton.language as tl

@@ -145,7 +145,7 @@ def sophia_step_(
     """
     if not p:
         return
-    narrow = m[0].dtype != p[0].dtype
+    narrow = p[0].dtype != torch.float32
     stochastic = narrow and not master and seed is not None
     lists = {"p": p, "g": g, "m": m, "h": h, **({"master": master} if narrow and master else {})}
     lists = multi_tensor.Lists(
@@ -268,6 +268,38 @@ def _fold_lists(kind, lists, scale, skip, beta2, seed, refresh, parameter, offse
         stochastic,
         drawn=kind == "drawn",
     )
+
+
+@triton.jit(do_not_specialize=["tensors", "count"])
+def _squares(
+    addresses, facts, chunks, tensors, count, partial, G: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr
+):
+    off = tl.arange(0, BLOCK)
+    for c in range(tl.program_id(0), count, tl.num_programs(0)):
+        t, number = chunk_of(chunks, count, c)
+        start = number * CHUNK
+        left = fact(facts, tensors, t, 0) - start
+        where = address(addresses, tensors, t, 0)
+        total = tl.zeros([BLOCK], tl.float32)
+        if (left >= CHUNK) & (where & 15 == 0):
+            g = aligned(where, G) + start
+            for i in tl.static_range(0, CHUNK, BLOCK):
+                x = tl.load(g + i + off).to(tl.float32)
+                total += x * x
+        else:
+            g = where.to(tl.pointer_type(G)) + start
+            for j in range(0, tl.minimum(left, CHUNK).to(tl.int32), BLOCK):
+                y = tl.load(g + j + off, mask=off < left - j, other=0).to(tl.float32)
+                total += y * y
+        tl.store(partial + c, tl.sum(total))
+
+
+def squared_norm(g):
+    """`growkit.reference.squared_norm` for CUDA tensors of one dtype: a float32 sum per chunk, then one of those."""
+    lists = multi_tensor.Lists("squared_norm", (), {"g": g})
+    partial = torch.empty(lists.arguments[-1], dtype=torch.float32, device=g[0].device)
+    _launch(_squares, lists, partial, *lists.dtypes)
+    return partial.sum(dtype=torch.float64)
 
 
 def _host_or_device(x):
