@@ -20,7 +20,8 @@ def _define(schema, implementation, fake):
     """Register one op: its schema, the implementation that serves every device, and its shape rules."""
     name = schema.partition("(")[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(name, implementation, "CompositeExplicitAutograd")
+    # Disabled, or a compiled program that calls the op would have the implementation traced in its turn.
+    _library.impl(name, torch._disable_dynamo(implementation), "CompositeExplicitAutograd")
     torch.library.register_fake(f"growkit::{name}", fake, lib=_library)
 
 

@@ -11,8 +11,8 @@ of scratch per row.
 import torch
 import triton
 import triton.language as tl
-from growkit.kernels.philox import key, philox
 
+from growkit.kernels.philox import key, philox
 from growkit.reference import LABELS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -23,12 +23,14 @@ class _Sophia(Optimizer):
     step() takes the gradient scale and the overflow flag of a `GradScaler` itself, as torch's fused optimizers do.
     A group's `steps` counts its step() calls and `refreshes` its curvature refreshes: together with `every`, `phase`
     and `seed` they are the whole schedule, and survive state_dict, pickling and distributed checkpoints as group keys.
+    Both are tensors: a number that changes would have torch.compile compile step() again.
     """
 
     _step_supports_amp_scaling = True
 
     def __init__(self, params, **defaults):
-        schedule = {"every": 0, "phase": "paper", "steps": 0, "refreshes": 0}
+        zero = torch.zeros((), dtype=torch.int64)
+        schedule = {"every": 0, "phase": "paper", "steps": zero, "refreshes": zero.clone()}
         self._reset_runtime()
         super().__init__(params, {**defaults, **schedule})
 
@@ -175,7 +177,8 @@ class _Sophia(Optimizer):
                 continue
             if g.layout != torch.strided:
                 raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
-            if group["capturable"] and not p.is_cuda:
+            # While it traces, torch.compile sets capturable itself.
+            if group["capturable"] and not p.is_cuda and not torch.compiler.is_compiling():
                 raise RuntimeError(f"capturable=True: parameter {i} is on {p.device}, expected a CUDA device")
             tensors = {k: t for k, t in (state or {}).items() if k != "step"}
             ops.check_alike(type(self).__name__, [p], grad=[g], **{k: [t] for k, t in tensors.items()})
@@ -228,6 +231,8 @@ class _Sophia(Optimizer):
                 group |= {"every": own["every"], "phase": own["phase"]}
             for key in self.defaults:
                 group.setdefault(key, own[key])
+            for key in ("steps", "refreshes"):
+                group[key] = torch.as_tensor(group[key]).clone()
             if "gamma" in group:
                 group["rho"] = group.pop("gamma") / group["bs"]
         return groups
@@ -304,8 +309,8 @@ class _Sophia(Optimizer):
     def _update(self, bs):
         prepared = self._prepare()
         scale, skip = self._scale_and_skip(prepared)
-        # A graph counts at every replay: which of them comes before a refresh is not known here.
-        counting = _capturing() or curvature.is_due(self.param_groups[0])
+        # A graph counts whenever it runs: which of its runs comes before a refresh is not known here.
+        counting = torch.compiler.is_compiling() or _capturing() or curvature.is_due(self.param_groups[0])
         if counting:
             self._unclipped.clear()
         for group, buckets in prepared:
@@ -363,7 +368,7 @@ class _Sophia(Optimizer):
             self._skipped_steps = self._skipped_steps + (skip != 0)
         return scale, skip
 
-    @torch._dynamo.disable
+    @torch._disable_dynamo
     def _follow_schedule(self):
         attachment, group = self._attachment, self.param_groups[0]
         self._since_refresh += 1
@@ -371,7 +376,7 @@ class _Sophia(Optimizer):
         if attachment is None or attachment.inputs is not None:
             due = attachment is not None and curvature.is_due(group)
             for each in self.param_groups:
-                each["steps"] += 1
+                each["steps"] = each["steps"] + 1
             if due:
                 attachment.refresh()
             if attachment is not None:
@@ -466,13 +471,13 @@ class _Sophia(Optimizer):
                 u = None if probes is None else [_real(probes[params[i]]) for i in bucket["parameter"]]
                 self._fold_bucket(group, bucket, count, skip, u)
         for group in self.param_groups:
-            group["refreshes"] += 1
+            group["refreshes"] = group["refreshes"] + 1
         self._since_refresh = 0
         self._report()
 
     def _refresh_key(self):
         """What the random bits of the next refresh are keyed by: of the first group, for all of them."""
-        return {"seed": self.param_groups[0]["seed"], "refresh": self.param_groups[0]["refreshes"]}
+        return {"seed": self.param_groups[0]["seed"], "refresh": int(self.param_groups[0]["refreshes"])}
 
     def _report(self):
         """Warn of what the counts copied at the last refresh say: they have arrived by now, so nothing waits."""
@@ -504,8 +509,8 @@ class _Sophia(Optimizer):
         elements = sum(counted for _, counted in self._unclipped.values())
         unclipped = sum(int(count) for count, _ in self._unclipped.values()) / elements if elements else None
         return {
-            "steps": group["steps"],
-            "refreshes": group["refreshes"],
+            "steps": int(group["steps"]),
+            "refreshes": int(group["refreshes"]),
             "skipped": int(self._skipped),
             "skipped_steps": int(self._skipped_steps),
             "unclipped": unclipped,
@@ -541,7 +546,9 @@ class SophiaG(_Sophia):
     `refresh(model, batches)`, or fill `.grad` with sampled-label gradients and call `update_hessian()`.
 
     params: iterable of tensors, named tensors or groups; a group may override every option below.
-    lr: float or 1-element tensor; the largest change of an element per step, apart from decay.
+    lr: float or 1-element tensor; the largest change of an element per step, apart from decay. With a tensor, which
+        torch's schedulers change in place, torch.compile(optimizer.step) is one graph for all values; take the first
+        step, which makes the state, before compiling.
     betas: EMA factors of the gradient, per step, and of the curvature, per refresh.
     rho: dimensionless; larger rho clips fewer elements. About 0.03 to 0.2; watch `stats()["unclipped"]`.
     weight_decay: decoupled, applied before the step.
