@@ -24,54 +24,38 @@ def _one_of_four(w0, w1, w2, w3, i):
 
 
 @triton.jit
-def _bits_of_words(e0, parameter, time, k0, k1, BLOCK: tl.constexpr):
-    """One bit for each of BLOCK elements from e0, a multiple of 32: one word serves 32 of them."""
-    word = (e0 >> 5) + tl.arange(0, BLOCK // 32)
-    w0, w1, w2, w3 = philox(word >> 2, word >> 34, parameter, time, k0, k1)
-    words = _one_of_four(w0, w1, w2, w3, word)
-    return tl.reshape((words[:, None] >> tl.arange(0, 32).to(tl.uint32)[None, :]) & 1, [BLOCK])
+def signs(e0, parameter, time, k0, k1, SHARED: tl.constexpr, BLOCK: tl.constexpr):
+    """float32 [BLOCK]: +1 where bit e of the stream is set, else -1, for the elements e0 .. e0+BLOCK-1 (int64).
 
-
-@triton.jit
-def _bits(e0, parameter, time, k0, k1, BLOCK: tl.constexpr):
-    e = e0 + tl.arange(0, BLOCK)
-    w0, w1, w2, w3 = philox(e >> 7, e >> 39, parameter, time, k0, k1)
-    return (_one_of_four(w0, w1, w2, w3, e >> 5) >> (e & 31).to(tl.uint32)) & 1
-
-
-@triton.jit
-def signs(e0, parameter, time, k0, k1, BLOCK: tl.constexpr):
-    """float32 [BLOCK]: +1 where bit e of the stream is set, else -1, for the elements e0 .. e0+BLOCK-1 (int64)."""
-    if e0 & 31 == 0:
-        bits = _bits_of_words(e0, parameter, time, k0, k1, BLOCK)
-    else:  # a shard that starts within a word
-        bits = _bits(e0, parameter, time, k0, k1, BLOCK)
+    SHARED: e0 is a multiple of 32, so that one word serves 32 elements; otherwise each element computes its own.
+    """
+    if SHARED:
+        word = (e0 >> 5) + tl.arange(0, BLOCK // 32)
+        w0, w1, w2, w3 = philox(word >> 2, word >> 34, parameter, time, k0, k1)
+        words = _one_of_four(w0, w1, w2, w3, word)
+        bits = tl.reshape((words[:, None] >> tl.arange(0, 32).to(tl.uint32)[None, :]) & 1, [BLOCK])
+    else:
+        e = e0 + tl.arange(0, BLOCK)
+        w0, w1, w2, w3 = philox(e >> 7, e >> 39, parameter, time, k0, k1)
+        bits = (_one_of_four(w0, w1, w2, w3, e >> 5) >> (e & 31).to(tl.uint32)) & 1
     return tl.where(bits != 0, 1.0, -1.0)
 
 
 @triton.jit
-def _halves_of_blocks(e0, parameter, time, k0, k1, BLOCK: tl.constexpr):
-    """16 bits for each of BLOCK elements from e0, a multiple of 8: one call serves 8 of them."""
-    block = (e0 >> 3) + tl.arange(0, BLOCK // 8)
-    w0, w1, w2, w3 = philox(block, block >> 32, parameter, time, k0, k1)
-    words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), [BLOCK // 2])
-    return tl.reshape(tl.join(words & 0xFFFF, words >> 16), [BLOCK])
+def halves(e0, parameter, time, k0, k1, SHARED: tl.constexpr, BLOCK: tl.constexpr):
+    """int32 [BLOCK]: 16 bits for each of the elements e0 .. e0+BLOCK-1 (int64).
 
-
-@triton.jit
-def _halves(e0, parameter, time, k0, k1, BLOCK: tl.constexpr):
-    e = e0 + tl.arange(0, BLOCK)
-    w0, w1, w2, w3 = philox(e >> 3, e >> 35, parameter, time, k0, k1)
-    return (_one_of_four(w0, w1, w2, w3, e >> 1) >> ((e & 1) << 4).to(tl.uint32)) & 0xFFFF
-
-
-@triton.jit
-def halves(e0, parameter, time, k0, k1, BLOCK: tl.constexpr):
-    """int32 [BLOCK]: 16 bits for each of the elements e0 .. e0+BLOCK-1 (int64)."""
-    if e0 & 7 == 0:
-        bits = _halves_of_blocks(e0, parameter, time, k0, k1, BLOCK)
-    else:  # a shard that starts within a block of 128 bits
-        bits = _halves(e0, parameter, time, k0, k1, BLOCK)
+    SHARED: e0 is a multiple of 8, so that one block of 128 bits serves 8 elements.
+    """
+    if SHARED:
+        block = (e0 >> 3) + tl.arange(0, BLOCK // 8)
+        w0, w1, w2, w3 = philox(block, block >> 32, parameter, time, k0, k1)
+        words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), [BLOCK // 2])
+        bits = tl.reshape(tl.join(words & 0xFFFF, words >> 16), [BLOCK])
+    else:
+        e = e0 + tl.arange(0, BLOCK)
+        w0, w1, w2, w3 = philox(e >> 3, e >> 35, parameter, time, k0, k1)
+        bits = (_one_of_four(w0, w1, w2, w3, e >> 1) >> ((e & 1) << 4).to(tl.uint32)) & 0xFFFF
     return bits.to(tl.int32)
 
 
@@ -94,14 +78,15 @@ def _rademacher(
     parameter, e0 = fact(facts, tensors, t, 1), fact(facts, tensors, t, 2) + start
     where = address(addresses, tensors, t, 0)
     off = tl.arange(0, BLOCK)
-    if (left >= CHUNK) & (where & 15 == 0):
+    if (left >= CHUNK) & (where & 15 == 0) & (e0 & 31 == 0):
         u = aligned(where, U) + start
-        for i in tl.static_range(0, CHUNK, BLOCK):
-            tl.store(u + i + off, signs(e0 + i, parameter, time, k0, k1 ^ PROBE, BLOCK).to(U))
+        for i in tl.range(0, CHUNK, BLOCK, num_stages=1):
+            tl.store(u + i + off, signs(e0 + i, parameter, time, k0, k1 ^ PROBE, True, BLOCK).to(U))
     else:
         u = where.to(tl.pointer_type(U)) + start
-        for i in range(0, min(left, CHUNK), BLOCK):
-            tl.store(u + i + off, signs(e0 + i, parameter, time, k0, k1 ^ PROBE, BLOCK).to(U), mask=off < left - i)
+        for i in range(0, tl.minimum(left, CHUNK).to(tl.int32), BLOCK):
+            u_ = signs(e0 + i, parameter, time, k0, k1 ^ PROBE, False, BLOCK)
+            tl.store(u + i + off, u_.to(U), mask=off < left - i)
 
 
 def rademacher_(u, *, seed, refresh, parameter, offset=()):
@@ -122,3 +107,22 @@ def rademacher_(u, *, seed, refresh, parameter, offset=()):
             enable_fp_fusion=False,
         )
     lists.finish()
+
+
+def _variant(name, dtype, size):
+    return {
+        "name": name,
+        "kernel": _rademacher,
+        "types": {
+            **{"addresses": "*i64", "facts": "*i64", "chunks": "*i32", "tensors": "i32", "count": "i32"},
+            **{"time": "u32", "k0": "u32", "k1": "u32"},
+        },
+        "constants": {"U": dtype, "CHUNK": multi_tensor.CHUNK, "BLOCK": BLOCK},
+        "registers": 64,
+        "writes": size,
+        "aligned": ("addresses", "facts", "chunks"),
+        "options": {"num_warps": WARPS, "enable_fp_fusion": False},
+    }
+
+
+VARIANTS = [_variant("float32", tl.float32, 4), _variant("bfloat16", tl.bfloat16, 2)]

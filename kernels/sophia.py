@@ -32,7 +32,8 @@ def _is_set(skip):
 @triton.jit
 def _update(
     p, g, m, h, w, mask, lr, decay, beta1, gain, rho_bs, eps, scale, e0, parameter, time, k0, k1,
-    MAX: tl.constexpr, SCALED: tl.constexpr, STOCHASTIC: tl.constexpr, MASTER: tl.constexpr, BLOCK: tl.constexpr,
+    MAX: tl.constexpr, SCALED: tl.constexpr, STOCHASTIC: tl.constexpr, MASTER: tl.constexpr, FULL: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Update one block; p, g, m, h, w: pointers to its first element. Returns |m| < d, int1 [BLOCK]."""
     off = tl.arange(0, BLOCK)
@@ -53,7 +54,7 @@ def _update(
     if MASTER:
         tl.store(w + off, w_, mask)
     if STOCHASTIC:
-        w_ = to_bfloat16(w_, halves(e0, parameter, time, k0, k1 ^ ROUNDING, BLOCK))
+        w_ = to_bfloat16(w_, halves(e0, parameter, time, k0, k1 ^ ROUNDING, FULL, BLOCK))
     tl.store(p + off, w_.to(p.dtype.element_ty), mask)
     return tl.abs(u) < 1
 
@@ -90,13 +91,14 @@ def _sophia_step(
         parameter, e0 = 0, start
         if STOCHASTIC:
             parameter, e0 = fact(facts, tensors, t, 1), fact(facts, tensors, t, 2) + start
-        if (left >= CHUNK) & ((p_at | g_at | m_at | h_at | w_at) & 15 == 0):
+        bits = e0 & 7 if STOCHASTIC else 0
+        if (left >= CHUNK) & ((p_at | g_at | m_at | h_at | w_at) & 15 == 0) & (bits == 0):
             p, g, m = aligned(p_at, P) + start, aligned(g_at, G) + start, aligned(m_at, M) + start
             h, w = aligned(h_at, H) + start, aligned(w_at, W) + start
             for i in tl.range(0, CHUNK, BLOCK, num_stages=1):
                 clear = _update(
-                    p + i, g + i, m + i, h + i, w + i, None, lr, decay, beta1, gain, rho_bs, eps, s,
-                    e0 + i, parameter, time, k0, k1, MAX, scale is not None, STOCHASTIC, MASTER is not None, BLOCK,
+                    p + i, g + i, m + i, h + i, w + i, None, lr, decay, beta1, gain, rho_bs, eps, s, e0 + i,
+                    parameter, time, k0, k1, MAX, scale is not None, STOCHASTIC, MASTER is not None, True, BLOCK,
                 )  # fmt: skip
                 if unclipped is not None:
                     below += tl.sum(clear.to(tl.int32))
@@ -107,8 +109,8 @@ def _sophia_step(
             for i in range(0, tl.minimum(left, CHUNK).to(tl.int32), BLOCK):
                 mask = off < left - i
                 clear = _update(
-                    p + i, g + i, m + i, h + i, w + i, mask, lr, decay, beta1, gain, rho_bs, eps, s,
-                    e0 + i, parameter, time, k0, k1, MAX, scale is not None, STOCHASTIC, MASTER is not None, BLOCK,
+                    p + i, g + i, m + i, h + i, w + i, mask, lr, decay, beta1, gain, rho_bs, eps, s, e0 + i,
+                    parameter, time, k0, k1, MAX, scale is not None, STOCHASTIC, MASTER is not None, False, BLOCK,
                 )  # fmt: skip
                 if unclipped is not None:
                     below += tl.sum((clear & mask).to(tl.int32))
@@ -180,7 +182,7 @@ def sophia_step_(
 @triton.jit
 def _fold(
     h, x, u, mask, beta2, gain, e0, parameter, time, k0, k1,
-    KIND: tl.constexpr, STOCHASTIC: tl.constexpr, BLOCK: tl.constexpr,
+    KIND: tl.constexpr, STOCHASTIC: tl.constexpr, FULL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """h <- beta2*h + gain*x*y in one block, y = x ("gnb"), *u ("given") or the probe's signs ("drawn")."""
     off = tl.arange(0, BLOCK)
@@ -191,10 +193,10 @@ def _fold(
     elif KIND == "given":
         y = tl.load(u + off, mask).to(tl.float32)
     else:
-        y = signs(e0, parameter, time, k0, k1 ^ PROBE, BLOCK)
+        y = signs(e0, parameter, time, k0, k1 ^ PROBE, FULL, BLOCK)
     h_ = tl.fma(x_ * y, gain, h_ * beta2)
     if STOCHASTIC:
-        h_ = to_bfloat16(h_, halves(e0, parameter, time, k0, k1 ^ CURVATURE_ROUNDING, BLOCK))
+        h_ = to_bfloat16(h_, halves(e0, parameter, time, k0, k1 ^ CURVATURE_ROUNDING, FULL, BLOCK))
     tl.store(h + off, h_.to(h.dtype.element_ty), mask)
 
 
@@ -219,11 +221,13 @@ def _refresh(
         if STOCHASTIC or KIND == "drawn":
             parameter, e0 = fact(facts, tensors, t, 1), fact(facts, tensors, t, 2) + start
         UX: tl.constexpr = X if U is None else U
-        if (left >= CHUNK) & ((h_at | x_at | u_at) & 15 == 0):
+        bits = e0 & 31 if STOCHASTIC or KIND == "drawn" else 0
+        if (left >= CHUNK) & ((h_at | x_at | u_at) & 15 == 0) & (bits == 0):
             h, x, u = aligned(h_at, H) + start, aligned(x_at, X) + start, aligned(u_at, UX) + start
             for i in tl.range(0, CHUNK, BLOCK, num_stages=1):
                 _fold(
-                    h + i, x + i, u + i, None, beta2, gain, e0 + i, parameter, time, k0, k1, KIND, STOCHASTIC, BLOCK
+                    h + i, x + i, u + i, None, beta2, gain, e0 + i,
+                    parameter, time, k0, k1, KIND, STOCHASTIC, True, BLOCK,
                 )  # fmt: skip
         else:
             h, x = h_at.to(tl.pointer_type(H)) + start, x_at.to(tl.pointer_type(X)) + start
@@ -231,7 +235,8 @@ def _refresh(
             for i in range(0, tl.minimum(left, CHUNK).to(tl.int32), BLOCK):
                 mask = off < left - i
                 _fold(
-                    h + i, x + i, u + i, mask, beta2, gain, e0 + i, parameter, time, k0, k1, KIND, STOCHASTIC, BLOCK
+                    h + i, x + i, u + i, mask, beta2, gain, e0 + i,
+                    parameter, time, k0, k1, KIND, STOCHASTIC, False, BLOCK,
                 )  # fmt: skip
 
 
@@ -328,3 +333,62 @@ def _launch(kernel, lists, *arguments, drawn=False):
             enable_fp_fusion=False,
         )
     lists.finish()
+
+
+_TABLE = {"addresses": "*i64", "facts": "*i64", "chunks": "*i32", "tensors": "i32", "count": "i32"}
+_RANDOM = {"time": "u32", "k0": "u32", "k1": "u32"}
+_NUMBERS = ("lr", "decay", "weight_decay", "beta1", "gain", "rho_bs", "eps")
+_STEP = {**_TABLE, **dict.fromkeys(_NUMBERS, "fp32"), **_RANDOM}
+_FOLD = {**_TABLE, "beta2": "fp32", "gain": "fp32", **_RANDOM}
+
+
+def _variant(kernel, name, types, constants, dtypes, registers, reads, writes, drawn=False, **most):
+    """Of `growkit.kernels.report`; dtypes: of the lists as the kernel names them; types: of all else that is given."""
+    optional = ("lr_at", "rho_bs_at", "scale", "skip", "unclipped", "step")
+    absent = {k: None for k in kernel.arg_names if k in optional and k not in types}
+    return {
+        "name": name,
+        "kernel": kernel,
+        "types": types,
+        "constants": {**absent, **dtypes, **constants, "CHUNK": multi_tensor.CHUNK, "BLOCK": BLOCK},
+        "registers": registers,
+        "reads": reads,
+        "writes": writes,
+        "aligned": tuple(k for k, t in types.items() if t.startswith("*")),
+        "options": {"num_warps": _warps([t for t in dtypes.values() if t], drawn), "enable_fp_fusion": False},
+        **most,
+    }
+
+
+def _step_variant(name, P, G, M, MASTER, registers, reads, writes, stochastic=False, maximum=False, **given):
+    dtypes = {"P": P, "G": G, "M": M, "H": M, "MASTER": MASTER}
+    constants = {"MAX": maximum, "STOCHASTIC": stochastic}
+    return _variant(_sophia_step, name, _STEP | given, constants, dtypes, registers, reads, writes)
+
+
+def _refresh_variant(name, H, X, U, registers, reads, writes, stochastic=False, **most):
+    kind = name.partition(",")[0]
+    constants = {"KIND": kind, "STOCHASTIC": stochastic}
+    dtypes = {"H": H, "X": X, "U": U}
+    return _variant(_refresh, name, _FOLD, constants, dtypes, registers, reads, writes, kind == "drawn", **most)
+
+
+_F, _B = tl.float32, tl.bfloat16
+_ALL = {"lr_at": "*fp32", "rho_bs_at": "*fp32", "scale": "*fp32", "skip": "*fp32", "unclipped": "*i64"}
+VARIANTS = [
+    _step_variant("float32", _F, _F, _F, None, 64, 16, 8),
+    _step_variant("float32, max", _F, _F, _F, None, 64, 16, 8, maximum=True),
+    _step_variant("float32, device scalars", _F, _F, _F, None, 64, 16, 8, **_ALL),
+    _step_variant("bfloat16, stochastic", _B, _B, _F, None, 128, 12, 6, stochastic=True),
+    _step_variant("bfloat16, step on device", _B, _B, _F, None, 168, 12, 6, stochastic=True, step="*fp32", **_ALL),
+    _step_variant("bfloat16, master", _B, _B, _F, _F, 128, 14, 10),
+    _step_variant("bfloat16, nearest", _B, _B, _F, None, 128, 12, 6),
+    _step_variant("bfloat16 state", _F, _F, _B, None, 128, 12, 6),
+    _refresh_variant("gnb", _F, _F, None, 40, 8, 4),
+    _refresh_variant("gnb, bfloat16 g", _F, _B, None, 64, 6, 4),
+    _refresh_variant("gnb, bfloat16 h", _B, _F, None, 96, 6, 2, stochastic=True),
+    _refresh_variant("given", _F, _F, _F, 48, 12, 4),
+    _refresh_variant("drawn", _F, _F, None, 80, 8, 4, instructions=30),
+    _variant(_squares, "float32", {**_TABLE, "partial": "*fp32"}, {}, {"G": _F}, 40, 4, 0),
+    _variant(_squares, "bfloat16", {**_TABLE, "partial": "*fp32"}, {}, {"G": _B}, 40, 2, 0),
+]
