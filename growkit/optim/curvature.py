@@ -5,6 +5,7 @@ Estimators leave their result in `.grad`: the gradient of the sampled-label loss
 """
 
 import contextlib
+from collections import defaultdict
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -155,7 +156,14 @@ def hutchinson(model, calls, key, params, *, loss=None):
     """
     indices, params = zip(*((i, p) for i, p in enumerate(params) if p.requires_grad), strict=True)
     u = [torch.empty_like(p) for p in params]
-    ops.rademacher_([torch.view_as_real(t) if t.is_complex() else t for t in u], parameter=indices, **key)
+    buckets = defaultdict(lambda: ([], []))
+    for i, t in zip(indices, u, strict=True):
+        for own, each in zip(
+            buckets[t.device, t.dtype], (i, torch.view_as_real(t) if t.is_complex() else t), strict=True
+        ):
+            own.append(each)
+    for parameter, tensors in buckets.values():
+        ops.rademacher_(tensors, parameter=parameter, **key)
     for args, kwargs in calls:
         with sdpa_kernel(SDPBackend.MATH), torch.compiler.set_stance("force_eager"):
             output = model(*args, **kwargs)
