@@ -139,7 +139,9 @@ def _scored(model, z, args, kwargs, mask):
     if mask is None and z.dim() > 2 and getattr(model, "loss_type", "") in (None, "ForCausalLM"):
         if counts is None and kwargs.get("attention_mask") is not None:
             counts = kwargs["attention_mask"] != 0
-        z, counts = z[..., :-1, :], None if counts is None else counts[..., 1:]
+        # Masking the last position, not cutting it off, leaves the logits where they are.
+        counts = torch.ones(z.shape[:-1], dtype=torch.bool, device=z.device) if counts is None else counts.roll(-1, -1)
+        counts[..., -1] = False
     if counts is not None and counts.shape != z.shape[:-1]:
         raise ValueError(
             f"curvature refresh: the mask of labels has shape {tuple(counts.shape)}, expected {tuple(z.shape[:-1])}; "
