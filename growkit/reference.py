@@ -117,7 +117,7 @@ def sophia_step_(
     for i, (p_i, g_i, m_i, h_i) in enumerate(zip(p, g, m, h, strict=True)):
         dtype = _wide(p_i)
         master_i = p_i if p_i.dtype == dtype else master[i] if master else None
-        rounds = master_i is None and seed is not None
+        rounds = p_i.dtype == torch.bfloat16 and master_i is None and seed is not None
         wide = p_i if master_i is None else master_i
         d = None
         for first, (p_b, g_b, m_b, h_b, w) in _blocks(p_i, g_i, m_i, h_i, wide, numbered=rounds):

@@ -95,7 +95,7 @@ def rademacher_(u, *, seed, refresh, parameter, offset=()):
     """`growkit.reference.rademacher_` for a list of CUDA tensors of one dtype."""
     if not u:
         return
-    lists = multi_tensor.Lists("rademacher_", ("u",), {"u": u}, parameter, offset)
+    lists = multi_tensor.Lists("rademacher_", {"u": u}, written=("u",), parameter=parameter, offset=offset)
     chunks = lists.arguments[-1]
     if chunks:
         _rademacher[(chunks,)](

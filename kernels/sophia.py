@@ -147,12 +147,12 @@ def sophia_step_(
     """
     if not p:
         return
-    narrow = p[0].dtype != torch.float32
-    stochastic = narrow and not master and seed is not None
-    lists = {"p": p, "g": g, "m": m, "h": h, **({"master": master} if narrow and master else {})}
-    lists = multi_tensor.Lists(
-        "sophia_step_", ("p", "m", "master"), lists, *((parameter, offset) if stochastic else ())
-    )
+    lists = {"p": p, "g": g, "m": m, "h": h}
+    if master and p[0].dtype != torch.float32:
+        lists["master"] = master
+    stochastic = p[0].dtype == torch.bfloat16 and not master and seed is not None
+    keys = {"parameter": parameter, "offset": offset} if stochastic else {}
+    lists = multi_tensor.Lists("sophia_step_", lists, written=("p", "m", "master"), **keys)
     (lr, lr_at), (rho_bs, rho_bs_at) = _host_or_device(lr), _host_or_device(rho_bs)
     _launch(
         _sophia_step,
@@ -256,8 +256,9 @@ def _fold_lists(kind, lists, scale, skip, beta2, seed, refresh, parameter, offse
     if not h:
         return
     stochastic = h[0].dtype == torch.bfloat16 and seed is not None and len(parameter) > 0
-    keys = (parameter, offset) if stochastic or kind == "drawn" else ()
-    lists = multi_tensor.Lists(f"refresh of h ({kind})", ("h",), lists, *keys)
+    keys = {"parameter": parameter, "offset": offset} if stochastic or kind == "drawn" else {}
+    op = "gnb_ema_" if kind == "gnb" else "hutchinson_ema_"
+    lists = multi_tensor.Lists(op, lists, written=("h",), **keys)
     _launch(
         _refresh,
         lists,
@@ -301,7 +302,7 @@ def _squares(
 
 def squared_norm(g):
     """`growkit.reference.squared_norm` for CUDA tensors of one dtype: a float32 sum per chunk, then one of those."""
-    lists = multi_tensor.Lists("squared_norm", (), {"g": g})
+    lists = multi_tensor.Lists("squared_norm", {"g": g})
     partial = torch.empty(lists.arguments[-1], dtype=torch.float32, device=g[0].device)
     _launch(_squares, lists, partial, *lists.dtypes)
     return partial.sum(dtype=torch.float64)

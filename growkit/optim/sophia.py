@@ -3,10 +3,10 @@
 The update and the refreshes are `growkit.ops`; when to refresh, and on what, is `growkit.optim.curvature`.
 """
 
-import itertools
 import warnings
 from collections import defaultdict
-from operator import attrgetter, is_
+from itertools import accumulate, repeat
+from operator import attrgetter, is_, is_not, itemgetter
 
 import torch
 from torch.optim import Optimizer
@@ -133,7 +133,7 @@ class _Sophia(Optimizer):
 
     def _prepare(self):
         """[(group, its buckets)], all state made. Raises for whatever a step could not use, before anything changes."""
-        firsts = itertools.accumulate((len(group["params"]) for group in self.param_groups), initial=0)
+        firsts = accumulate((len(group["params"]) for group in self.param_groups), initial=0)
         groups = list(zip(firsts, self.param_groups, strict=False))
         prepared = [(group, self._buckets(first, group)) for first, group in groups]
         for i, (first, group) in enumerate(groups):
@@ -151,24 +151,23 @@ class _Sophia(Optimizer):
         """
         params = group["params"]
         grads = [p.grad for p in params]
-        states = [self.state.get(p) for p in params]
         if torch.compiler.is_compiling():
-            kept = self._sort(first, group, grads, states)
+            buckets = self._sort(first, group, grads, [self.state.get(p) for p in params])
         else:
-            there = [g for g in grads if g is not None]
-            held = [t for state in states if state for t in state.values()]
+            there = grads if all(map(is_not, grads, repeat(None))) else [g for g in grads if g is not None]
             kinds = (
-                [g is None for g in grads],
+                len(there) if there is grads else [g is None for g in grads],
                 list(map(attrgetter("shape"), there)),
                 list(map(attrgetter("dtype"), there)),
                 list(map(attrgetter("layout"), there)),
                 list(map(torch.Tensor.data_ptr, params)),
             )
-            known = self._kept.get(first)
-            if known is None or known[0] != kinds or len(known[1]) != len(held) or not all(map(is_, known[1], held)):
-                self._kept[first] = known = kinds, held, self._sort(first, group, grads, states)
-            kept = known[2]
-        return [{**bucket, "g": [_real(grads[i - first]) for i in bucket["parameter"]]} for bucket in kept]
+            kept = self._kept.get(first)
+            if kept is None or kept.kinds != kinds or not kept.holds(self.state):
+                states = [self.state.get(p) for p in params]
+                self._kept[first] = kept = _Kept(kinds, self.state, self._sort(first, group, grads, states))
+            buckets = kept.buckets
+        return [{**bucket, "g": _gradients(bucket, grads, first)} for bucket in buckets]
 
     def _sort(self, first, group, grads, states):
         buckets = defaultdict(lambda: defaultdict(list))
@@ -184,6 +183,7 @@ class _Sophia(Optimizer):
             ops.check_alike(type(self).__name__, [p], grad=[g], **{k: [t] for k, t in tensors.items()})
             needed = ("exp_avg", "hessian", "master") if _has_master(p, group) else ("exp_avg", "hessian")
             bucket = buckets[p.device, p.dtype, g.dtype]
+            bucket["states"].append(state)
             bucket["parameter"].append(i)
             bucket["p"].append(_real(p))
             bucket["step"] = (state or {}).get("step")
@@ -523,6 +523,38 @@ def _state_dtype(p, group):
 
 def _has_master(p, group):
     return p.dtype == torch.float16 or p.dtype == torch.bfloat16 and group["bf16_update"] == "master"
+
+
+class _Kept:
+    """The buckets of a group, with what they were made of."""
+
+    def __init__(self, kinds, state, buckets):
+        lists = ("p", "exp_avg", "hessian", "master")
+        self.kinds = kinds
+        self.buckets = [{k: kernels.TensorList(v) if k in lists else v for k, v in b.items()} for b in buckets]
+        self._complete = all(bucket["complete"] for bucket in buckets)
+        self._states = list(state.values())
+        self._tensors = [
+            (bucket["states"], name, [state[name] for state in bucket["states"]])
+            for bucket in buckets
+            for name in ("step", "exp_avg", "hessian", "master")
+            if self._complete and (name == "step" or name in bucket)
+        ]
+
+    def holds(self, state):
+        """Whether the state of the optimizer still is the same objects."""
+        if not self._complete or len(state) != len(self._states) or not all(map(is_, state.values(), self._states)):
+            return False
+        try:
+            return all(all(map(is_, map(itemgetter(k), states), kept)) for states, k, kept in self._tensors)
+        except KeyError:
+            return False
+
+
+def _gradients(bucket, grads, first):
+    indices = bucket["parameter"]
+    grads = grads if len(indices) == len(grads) else [grads[i - first] for i in indices]
+    return list(map(_real, grads)) if bucket["p"][0].dtype != grads[0].dtype else grads
 
 
 def _real(t):
