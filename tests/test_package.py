@@ -98,9 +98,9 @@ def test_import_and_info_need_only_torch(clean_python, tmp_path):
 LAYERS = (
     ("growkit.reference", "growkit.kernels", "growkit.plan"),
     ("growkit.ops",),
-    ("growkit.optim", "growkit.growth", "growkit.bench"),
+    ("growkit.optim", "growkit.growth"),
     ("growkit",),
-    ("growkit.demo",),
+    ("growkit.demo", "growkit.bench"),
     ("growkit.cli",),
 )
 HEIGHT = {name: level for level, layer in enumerate(LAYERS) for name in layer}
