@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from growkit import ops, plan
-from growkit.bench.measure import Case, Value, attempt, matmul_precision, paired, poisoned, temporaries
+from growkit.bench.measure import Case, Value, attempt, matmul_precision, paired, poisoned, temporaries, with_detail
 from growkit.bench.sophia import copy_pair
 from growkit.growth import LiGO
 
@@ -334,15 +334,11 @@ def forward(pair, kind, precision, device, tiny=False):
         ):
             if name in contenders:
                 found[id + label] = pairs.ratio(name, "growkit")
-        return {id: _with(value, {"errors": errors}) for id, value in found.items()}
+        return {id: with_detail(value, {"errors": errors}) for id, value in found.items()}
 
     run = timed(growkit_expand)
     check = functools.partial(check_expansion, problem, precision)
     return Case(run, check, rows, problem.nbytes, problem.flops)
-
-
-def _with(value, detail):
-    return value._replace(detail=value.detail | detail) if isinstance(value, Value) else value
 
 
 def _at_highest(expand, problem, *arguments):

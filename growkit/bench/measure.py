@@ -170,6 +170,11 @@ def paired(functions, clock, rounds, before=None, sample=None):
     return Pairs({name: samples[name] for name in functions}, samples[None], missing)
 
 
+def with_detail(value, detail):
+    """A Value with more detail; words pass through."""
+    return value._replace(detail=value.detail | detail) if isinstance(value, Value) else value
+
+
 def attempt(build):
     """What `build()` returns, called once so that it is compiled and known to run; or in words why it cannot."""
     try:

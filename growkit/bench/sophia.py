@@ -10,7 +10,7 @@ import time
 import torch
 
 from growkit import ops, reference
-from growkit.bench.measure import Case, Value, attempt, graphed, launches, paired, reason, temporaries
+from growkit.bench.measure import Case, Value, attempt, graphed, launches, paired, reason, temporaries, with_detail
 from growkit.optim import SophiaG
 
 BETA2 = 0.99
@@ -279,31 +279,41 @@ def update(model, device, tiny=False):
         }
         theirs = OfficialSophia(parameters, SCALARS["lr"], (SCALARS["beta1"], 0.99), 0.05, 0.2)
         wall = {"growkit": _sophia(parameters).step, "official": theirs.step, "fused AdamW": adamw}
-        if model == "gpt2-small":
-            start = time.perf_counter()
-            wall["compiled"] = attempt(lambda: _compiled_step(lists))
-            detail = {"compile seconds": time.perf_counter() - start}
-            if not isinstance(wall["compiled"], str):
-                detail["kernels"] = launches(wall["compiled"])
-            graphs = {"growkit": attempt(lambda: graphed(run)), "compiled": wall["compiled"]}
-            if not isinstance(wall["compiled"], str):
-                graphs["compiled"] = attempt(lambda: graphed(wall["compiled"]))
-            if isinstance(graphs["growkit"], str):
-                found["S3.graph"] = f"growkit: {graphs['growkit']}"
-            else:
-                found["S3.graph"] = _with(paired(graphs, "gpu", rounds).ratio("growkit", "compiled"), detail)
         pairs = paired(wall, "wall", rounds, before=lambda _: lists.renew("g"))
         found[f"S4.{model}"] = pairs.ratio("official", "growkit")
         found[f"S8.wall.{model}"] = pairs.ratio("official", "growkit")
-        if model == "gpt2-small":
-            found["S3.wall"] = pairs.ratio("growkit", "compiled")
         return found
 
     return Case(run, lambda: check_update(lists, run), rows, bytes=lists.nbytes("pgmhpm"))
 
 
-def _with(value, detail):
-    return value._replace(detail=value.detail | detail) if isinstance(value, Value) else value
+def update_compiled(model, device, tiny=False):
+    """The float32 update against `torch.compile` of the foreach one: both as CUDA graphs, and as they are, on the wall.
+
+    The time to compile the other, and the kernels it became, are in the details.
+    """
+    lists = Lists(model, device, tiny)
+
+    def run():
+        ops.sophia_step_(*lists.lists, eps=1e-15, **SCALARS)
+
+    def rows(rounds):
+        start = time.perf_counter()
+        compiled = attempt(lambda: _compiled_step(lists))
+        detail = {"compile seconds": time.perf_counter() - start}
+        if isinstance(compiled, str):
+            return dict.fromkeys(("S3.graph", "S3.wall"), f"compiled: {compiled}")
+        detail["kernels"] = launches(compiled)
+        wall = paired({"growkit": _sophia(lists.parameters()).step, "compiled": compiled}, "wall", rounds)
+        found = {"S3.wall": wall.ratio("growkit", "compiled")}
+        graphs = {name: attempt(lambda f=f: graphed(f)) for name, f in (("compiled", compiled), ("growkit", run))}
+        if isinstance(graphs["compiled"], str):
+            found["S3.graph"] = f"compiled: {graphs['compiled']}"
+        else:
+            found["S3.graph"] = paired(graphs, "gpu", rounds).ratio("growkit", "compiled")
+        return {id: with_detail(value, detail) for id, value in found.items()}
+
+    return Case(run, lambda: check_update(lists, run), rows, bytes=lists.nbytes("pgmhpm"))
 
 
 # dtype of p and g, options of SophiaG, lists that a step reads and writes (w: the master copy)

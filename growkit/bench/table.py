@@ -67,6 +67,7 @@ def _workloads():
     add("ceilings", "any", ceilings.ceilings)
     for model in ("gpt2-small", "gpt2-medium", "gpt2-xl", "nanogpt", "many-small", "ragged", "llama-1b"):
         add(f"update-float32-{model}", "cuda", sophia.update, model)
+    add("update-compiled-gpt2-small", "cuda", sophia.update_compiled, "gpt2-small")
     for form in sophia.FORMATS:
         add(f"update-{form}-gpt2-xl", "cuda", sophia.update_mixed, form, "gpt2-xl")
     add("update-clip-gpt2-xl", "cuda", sophia.clip, "gpt2-xl")
@@ -124,7 +125,7 @@ _TABLE = (
         (
             f"S3.{id}",
             f"{what}, gpt2-small: growkit / compiled foreach, {clock}",
-            "update-float32-gpt2-small",
+            "update-compiled-gpt2-small",
             "<=",
             goal,
             "x",
