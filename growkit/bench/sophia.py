@@ -99,10 +99,10 @@ def nanogpt_shapes(layers=12, width=768, vocabulary=50304, positions=1024):
     return [(vocabulary, d), (positions, d), *(block * layers), (d,)]
 
 
-def llama_shapes(layers=22, width=2048, ffn=5632, vocabulary=32000):
-    """Shapes of the parameters of a LLaMA with as many key heads as query heads, head untied."""
-    d = width
-    block = [(d, d)] * 4 + [(ffn, d), (ffn, d), (d, ffn), (d,), (d,)]
+def llama_shapes(layers=22, width=2048, ffn=5632, vocabulary=32000, keys=None):
+    """Shapes of the parameters of a LLaMA, head untied. keys: width of keys and of values, by default the queries'."""
+    d, k = width, keys or width
+    block = [(d, d), (k, d), (k, d), (d, d), (ffn, d), (ffn, d), (d, ffn), (d,), (d,)]
     return [(vocabulary, d), *(block * layers), (d,), (vocabulary, d)]
 
 
