@@ -22,7 +22,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import growkit
 
 CLOCKS = ("gpu", "wall", "host", "cpu")
-FULL_QUEUE = 0.2  # seconds that the GPU is held back at most, so that the host runs ahead of it
+FULL_QUEUE = 0.05  # seconds that the GPU is held back at most, so that the host runs ahead of it
+ENOUGH = 8.0  # seconds of timing after which `paired` stops, once it has FEWEST rounds
+FEWEST = 9
 
 
 class Value(NamedTuple):
@@ -62,7 +64,7 @@ def seconds(f, clock, calls=1):
         raise ValueError(f"clock: got {clock!r}, expected one of {', '.join(CLOCKS)}")
     cuda = torch.cuda.is_available()
     if clock == "gpu" and cuda:
-        return _gpu_seconds(f, calls)
+        return _gpu_seconds(f, calls, 1.5 * calls * seconds(f, "host"))
     now = time.process_time if clock in ("gpu", "cpu") else time.perf_counter
     _synchronize()
     start = now()
@@ -78,11 +80,11 @@ def _synchronize():
         torch.cuda.synchronize()
 
 
-def _gpu_seconds(f, calls):
+def _gpu_seconds(f, calls, lead):
+    """lead: seconds that the host needs to launch all calls."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    lead = min(FULL_QUEUE, 1.5 * calls * seconds(f, "host"))
     torch.cuda.synchronize()
-    torch.cuda._sleep(int(lead * 2e9))  # cycles, at about 2 GHz
+    torch.cuda._sleep(int(min(FULL_QUEUE, lead) * 2e9))  # cycles, at about 2 GHz
     start.record()
     for _ in range(calls):
         f()
@@ -122,7 +124,7 @@ class Pairs:
                 return f"{name}: {self.missing[name]}"
         ratios = [factor * x / y for x, y in zip(self.samples[a], self.samples[b], strict=True)]
         low, high = _deciles(ratios)
-        detail = {"p10": low, "p90": high, "seconds": self.medians(), "missing": self.missing}
+        detail = {"p10": low, "p90": high, "rounds": len(ratios), "seconds": self.medians(), "missing": self.missing}
         return Value(statistics.median(ratios), self.noise, detail)
 
     def seconds(self, name, unit=1.0):
@@ -144,9 +146,9 @@ def paired(functions, clock, rounds, before=None, sample=None):
     """Time functions in turn, in an order that is rotated every round: `Pairs`.
 
     functions: name -> callable, or the words why there is none; the first is also timed against itself, which is the
-    noise. before: called ahead of each round with its number, untimed, to renew inputs. sample: seconds that one
-    sample lasts at least (default 2 ms on a GPU, 20 ms on a CPU), by calling often enough; a single round, which is no
-    measurement, calls once.
+    noise. rounds: fewer, but at least FEWEST, where they take long. before: called ahead of each round with its number,
+    untimed, to renew inputs. sample: seconds that one sample lasts at least (default 2 ms on a GPU, 20 ms on a CPU), by
+    calling often enough; a single round, which is no measurement, calls once.
     """
     missing = {name: f for name, f in functions.items() if isinstance(f, str)}
     functions = {name: f for name, f in functions.items() if name not in missing}
@@ -155,18 +157,26 @@ def paired(functions, clock, rounds, before=None, sample=None):
         sample = 0
     elif sample is None:
         sample = 2e-3 if torch.cuda.is_available() else 20e-3
-    calls = {}
+    held_back = clock == "gpu" and torch.cuda.is_available()
+    calls, leads = {}, {}
     for name, f in functions.items():
         f()
+        leads[name] = 1.5 * seconds(f, "host")
         calls[name] = max(1, min(200, round(sample / max(seconds(f, clock), 1e-7))))
+        if held_back:
+            calls[name] = max(1, min(calls[name], int(FULL_QUEUE / leads[name])))
     order = [*functions, None]  # None: the first one again
     samples = {name: [] for name in order}
+    start = time.perf_counter()
     for i in range(rounds):
+        if i >= FEWEST and time.perf_counter() - start > ENOUGH:
+            break
         if before is not None:
             before(i)
         for name in order[i % len(order) :] + order[: i % len(order)]:
             timed = first if name is None else name
-            samples[name].append(seconds(functions[timed], clock, calls[timed]))
+            f, n = functions[timed], calls[timed]
+            samples[name].append(_gpu_seconds(f, n, n * leads[timed]) if held_back else seconds(f, clock, n))
     return Pairs({name: samples[name] for name in functions}, samples[None], missing)
 
 
