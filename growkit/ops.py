@@ -1,16 +1,17 @@
 """The contract: every operator of growkit with its schema, its fake, its autograd formula and who implements it.
 
-Schemas live in Python so that the package is whole without any binary. `reference` serves every device; a faster
-implementation registers itself for one dispatch key on top. Equations, shapes and dtypes stand in the docstrings of
-the implementations. Eager code calls the Python functions of this module, which skip the dispatcher for ops on long
-lists; `torch.ops.growkit.*` serves `torch.compile`, export and `opcheck`.
+Schemas live in Python so that the package is whole without any binary. `reference` serves every device; CUDA tensors
+of at most 32 bits go to the kernel of the same name where triton is installed. Equations, shapes and dtypes stand in
+the docstrings of `reference`. Eager code calls the Python functions of this module, which skip the dispatcher for ops
+on long lists; `torch.ops.growkit.*` serves `torch.compile`, export and `opcheck`.
 """
 
 import functools
+import importlib
 
 import torch
 
-from growkit import plan, reference
+from growkit import kernels, plan, reference
 
 _library = torch.library.Library("growkit", "DEF")
 
@@ -19,11 +20,26 @@ def _define(schema, implementation, fake):
     """Register one op: its schema, the implementation that serves every device, and its shape rules."""
     name = schema.partition("(")[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(name, implementation, "CompositeExplicitAutograd")
+    # Disabled, or a compiled program that calls the op would have the implementation traced in its turn.
+    _library.impl(name, torch._disable_dynamo(implementation), "CompositeExplicitAutograd")
     torch.library.register_fake(f"growkit::{name}", fake, lib=_library)
 
 
-def _in_place(schema, implementation, fake):
+def _with_kernel(module, oracle):
+    """`oracle`, or for CUDA tensors the function of the same name in growkit.kernels.`module`, by the first tensor."""
+
+    @functools.wraps(oracle)
+    def fastest(tensors, *args, **kwargs):
+        first = tensors if isinstance(tensors, torch.Tensor) else tensors[0] if tensors else None
+        if first is None or not first.is_cuda or first.dtype == torch.float64 or not kernels.available:
+            return oracle(tensors, *args, **kwargs)
+        kernel = getattr(importlib.import_module(f"growkit.kernels.{module}"), oracle.__name__)
+        return kernel(tensors, *args, **kwargs)
+
+    return fastest
+
+
+def _on_lists(schema, implementation, fake):
     """`_define` for an op on lists of tensors, which autograd does not see. Returns the function to call."""
     _define(schema, implementation, fake)
     op = getattr(torch.ops.growkit, schema.partition("(")[0].partition(".")[0])
@@ -61,17 +77,24 @@ def _sophia_step_fake(p, g, m, h, master=None, unclipped=None, *, denominator="a
 
 _SOPHIA_STEP = (
     "(Tensor(a!)[] p, Tensor[] g, Tensor(b!)[] m, Tensor[] h, Tensor(c!)[]? master=None, Tensor(d!)? unclipped=None, *,"
-    " {lr} lr, float beta1, float rho_bs, float eps, float weight_decay, str denominator='add', bool maximize=False,"
-    " Tensor? scale=None, Tensor? skip=None, Tensor? step=None, int? seed=None, int[] parameter=[], int[] offset=[])"
-    " -> ()"
+    " {scalar} lr, float beta1, {scalar} rho_bs, float eps, float weight_decay, str denominator='add',"
+    " bool maximize=False, Tensor? scale=None, Tensor? skip=None, Tensor? step=None, int? seed=None,"
+    " int[] parameter=[], int[] offset=[]) -> ()"
 )
-_define("sophia_step_.tensor_lr" + _SOPHIA_STEP.format(lr="Tensor"), reference.sophia_step_, _sophia_step_fake)
-sophia_step_ = _in_place("sophia_step_" + _SOPHIA_STEP.format(lr="float"), reference.sophia_step_, _sophia_step_fake)
+_sophia_step = _with_kernel("sophia", reference.sophia_step_)
+_define("sophia_step_.tensor" + _SOPHIA_STEP.format(scalar="Tensor"), _sophia_step, _sophia_step_fake)
+sophia_step_ = _on_lists("sophia_step_" + _SOPHIA_STEP.format(scalar="float"), _sophia_step, _sophia_step_fake)
 
-gnb_ema_ = _in_place(
-    "gnb_ema_(Tensor(a!)[] h, Tensor[] g, Tensor? scale=None, Tensor? skip=None, *, float beta2) -> ()",
-    reference.gnb_ema_,
-    lambda h, g, scale=None, skip=None, *, beta2: check_alike("gnb_ema_", h, g=g),
+squared_norm = _on_lists(
+    "squared_norm(Tensor[] g) -> Tensor",
+    _with_kernel("sophia", reference.squared_norm),
+    lambda g: torch.empty((), dtype=torch.float64, device=g[0].device if g else None),
+)
+gnb_ema_ = _on_lists(
+    "gnb_ema_(Tensor(a!)[] h, Tensor[] g, Tensor? scale=None, Tensor? skip=None, *, float beta2, int? seed=None,"
+    " int refresh=0, int[] parameter=[], int[] offset=[]) -> ()",
+    _with_kernel("sophia", reference.gnb_ema_),
+    lambda h, g, scale=None, skip=None, **options: check_alike("gnb_ema_", h, g=g),
 )
 
 
@@ -83,10 +106,10 @@ def _hutchinson_ema_fake(h, hu, u=None, scale=None, skip=None, *, parameter=(), 
     )
 
 
-hutchinson_ema_ = _in_place(
+hutchinson_ema_ = _on_lists(
     "hutchinson_ema_(Tensor(a!)[] h, Tensor[] hu, Tensor[]? u=None, Tensor? scale=None, Tensor? skip=None, *,"
     " float beta2, int seed=0, int refresh=0, int[] parameter=[], int[] offset=[]) -> ()",
-    reference.hutchinson_ema_,
+    _with_kernel("sophia", reference.hutchinson_ema_),
     _hutchinson_ema_fake,
 )
 
@@ -98,9 +121,9 @@ def _rademacher_fake(u, *, seed, refresh, parameter, offset=()):
     )
 
 
-rademacher_ = _in_place(
+rademacher_ = _on_lists(
     "rademacher_(Tensor(a!)[] u, *, int seed, int refresh, int[] parameter, int[] offset=[]) -> ()",
-    reference.rademacher_,
+    _with_kernel("probe", reference.rademacher_),
     _rademacher_fake,
 )
 
@@ -120,12 +143,12 @@ def _sampled_nll_fake(logits, mask=None, *, seed, refresh, row=0):
 
 _define(
     "sampled_nll(Tensor logits, Tensor? mask=None, *, int seed, int refresh, int row=0) -> (Tensor, Tensor, Tensor)",
-    reference.sampled_nll,
+    _with_kernel("sampled_nll", reference.sampled_nll),
     _sampled_nll_fake,
 )
 _define(
     "sampled_nll_backward(Tensor grad, Tensor logits, Tensor labels, Tensor lse) -> Tensor",
-    reference.sampled_nll_backward,
+    _with_kernel("sampled_nll", reference.sampled_nll_backward),
     lambda grad, logits, labels, lse: torch.empty_like(logits),
 )
 

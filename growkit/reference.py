@@ -9,8 +9,8 @@ import torch
 # Elements per block: the five operands of one block stay in a core's cache from one operation to the next.
 BLOCK = 1 << 17
 
-# What the random bits are for; keeps the three uses independent under one seed.
-LABELS, PROBE, ROUNDING = 1, 2, 3
+# What the random bits are for; keeps the uses independent under one seed.
+LABELS, PROBE, ROUNDING, CURVATURE_ROUNDING = 1, 2, 3, 4
 
 
 def philox(counter, seed, stream):
@@ -97,70 +97,82 @@ def sophia_step_(
         p <- p*(1 - lr*weight_decay) - lr*clip(m/d, -1, 1)
         d = rho_bs*h + eps ("add", SophiaG)  or  max(rho_bs*h, eps) ("max", SophiaH)
 
-    p, g, m, h: lists of tensors, equal in shape within each position; m and h share the dtype the update computes in
-    (float32, or float64 for float64 p). Where p is narrower, the result goes to `master` (same dtype as m) and is
-    rounded to nearest into p; without a master it is rounded stochastically if `seed` is given, with 16 bits keyed by
-    (seed, step, parameter[i], offset[i] + element), else to nearest. g may have any floating dtype.
-    lr bounds |dp| per step apart from decay; lr and every product of scalars is formed in double on the host.
-    maximize: follow -g. scale: 0-d tensor that multiplies g. skip: 0-d tensor; nonzero leaves everything as it is.
+    p, g, m, h: lists of tensors, equal in shape within each position, each of any floating dtype; the update computes
+    in float32 (float64 for float64 p). Where p is narrower, the result goes to `master` (in the dtype of computation)
+    and is rounded to nearest into p; without a master a bfloat16 p is rounded stochastically if `seed` is given, with
+    16 bits keyed by (seed, step, parameter[i], offset[i] + element), else to nearest. A bfloat16 m is rounded to
+    nearest: its EMA moves by more than the format's step.
+    lr, rho_bs: numbers or 1-element tensors. lr bounds |dp| per step apart from decay; every product of scalars is
+    formed in double on the host. maximize: follow -g.
+    scale: 0-d tensor that multiplies g. skip: 0-d tensor; nonzero leaves everything as it is.
     unclipped: int64 0-d tensor that grows by the number of elements with |m| < d. step: 0-d tensor.
     Cost: reads p, g, m, h and writes p, m once per block. Deterministic. An element's result does not depend on its
     neighbours, so blocks, shards and devices agree.
     """
     if _is_set(skip):
         return
-    lr, decay = float(lr), 1 - float(lr) * weight_decay
+    lr, decay, rho_bs = float(lr), 1 - float(lr) * weight_decay, float(rho_bs)
     gain = beta1 - 1 if maximize else 1 - beta1
     factor = None if scale is None else float(scale)
     for i, (p_i, g_i, m_i, h_i) in enumerate(zip(p, g, m, h, strict=True)):
-        master_i = p_i if p_i.dtype == m_i.dtype else master[i] if master else None
+        dtype = _wide(p_i)
+        master_i = p_i if p_i.dtype == dtype else master[i] if master else None
         rounds = master_i is None and seed is not None
         wide = p_i if master_i is None else master_i
         d = None
         for first, (p_b, g_b, m_b, h_b, w) in _blocks(p_i, g_i, m_i, h_i, wide, numbered=rounds):
-            w = w.to(m_b.dtype)  # the block itself, or a wide copy of it
-            g_b = g_b.to(m_b.dtype) if factor is None else g_b.to(m_b.dtype) * factor
+            w, m_w, h_w = w.to(dtype), m_b.to(dtype), h_b.to(dtype)  # the blocks themselves, or wide copies of them
+            g_b = g_b.to(dtype) if factor is None else g_b.to(dtype) * factor
             if decay != 1:
                 w.mul_(decay)
-            m_b.mul_(beta1).add_(g_b, alpha=gain)
-            d = torch.empty_like(h_b) if d is None or d.shape != h_b.shape else d
-            torch.mul(h_b, rho_bs, out=d)
+            m_w.mul_(beta1).add_(g_b, alpha=gain)
+            d = torch.empty_like(h_w) if d is None or d.shape != h_w.shape else d
+            torch.mul(h_w, rho_bs, out=d)
             d = d.add_(eps) if denominator == "add" else d.clamp_(min=eps)
-            u = torch.div(m_b, d, out=d)
+            u = torch.div(m_w, d, out=d)
             if unclipped is not None:
                 unclipped += (u.abs() < 1).sum()
             w.add_(u.clamp_(-1, 1), alpha=-lr)
-            if p_b.dtype == w.dtype:
+            if m_w is not m_b:
+                m_b.copy_(m_w)
+            if p_b.dtype == dtype:
                 continue
             if rounds:
-                first += offset[i] if offset else 0
                 key = {"seed": seed, "stream": ROUNDING, "parameter": parameter[i], "time": int(step)}
-                w = _stochastic_bfloat16(w, random_bits(16, first, w.numel(), device=w.device, **key).view(w.shape))
+                w = _stochastic_bfloat16(w, first + (offset[i] if offset else 0), key)
             p_b.copy_(w)
 
 
-def _stochastic_bfloat16(w, bits):
+def _stochastic_bfloat16(w, first, key):
     """float32 w moved to one of its two bfloat16 neighbours, up with the probability that keeps the mean at w."""
+    bits = random_bits(16, first, w.numel(), device=w.device, **key).view(w.shape)
     rounded = ((w.view(torch.int32) + bits.to(torch.int32)) & -0x10000).view(torch.float32)
     return torch.where(w.isfinite(), rounded, w)
 
 
-def gnb_ema_(h, g, scale=None, skip=None, *, beta2):
+def squared_norm(g):
+    """Sum of the squares of all elements of a list of tensors, a 0-d float64 tensor on the device of the first.
+
+    The squares are summed in float32 or wider. Deterministic. For an empty list 0.
+    """
+    if not g:
+        return torch.zeros((), dtype=torch.float64)
+    norms = [torch.linalg.vector_norm(t, dtype=_wide(t)) for t in g]
+    return torch.stack([n.to(g[0].device, torch.float64) for n in norms]).square_().sum()
+
+
+def gnb_ema_(h, g, scale=None, skip=None, *, beta2, seed=None, refresh=0, parameter=(), offset=()):
     """Gauss-Newton-Bartlett refresh of a list of tensors, in place (Sophia, arXiv:2305.14342, Algorithm 2).
 
         h <- beta2*h + (1-beta2)*s*g^2
 
-    g is the gradient of the mean NLL of labels sampled from the model; h, g: lists of equal shapes, h float32 or
-    float64. scale: 0-d tensor s (default 1); s = N/bs for N labels keeps rho*bs*h equal to rho*EMA(N*g^2).
-    skip: 0-d tensor; nonzero leaves h as it is. Reads h, g and writes h once. Deterministic.
+    g is the gradient of the mean NLL of labels sampled from the model; h, g: lists of equal shapes, any floating dtype,
+    computed in float32 or wider. scale: 0-d tensor s (default 1); s = N/bs for N labels keeps rho*bs*h equal to
+    rho*EMA(N*g^2). skip: 0-d tensor; nonzero leaves h as it is. A bfloat16 h, whose step is too coarse for an EMA that
+    moves by 1 %, is rounded stochastically if `seed` is given, with 16 bits keyed by (seed, refresh, parameter[i],
+    offset[i] + element), else to nearest. Reads h, g and writes h once. Deterministic.
     """
-    if _is_set(skip):
-        return
-    gain = (1 - beta2) * (1 if scale is None else float(scale))
-    for h_i, g_i in zip(h, g, strict=True):
-        for _, (h_b, g_b) in _blocks(h_i, g_i):
-            g_b = g_b.to(h_b.dtype)
-            h_b.mul_(beta2).addcmul_(g_b, g_b, value=gain)
+    _fold(h, g, g, scale, skip, beta2, seed, refresh, parameter, offset)
 
 
 def hutchinson_ema_(h, hu, u=None, scale=None, skip=None, *, beta2, seed=0, refresh=0, parameter=(), offset=()):
@@ -169,18 +181,33 @@ def hutchinson_ema_(h, hu, u=None, scale=None, skip=None, *, beta2, seed=0, refr
         h <- beta2*h + (1-beta2)*s*u*(Hu)
 
     hu: Hessian-vector products with u; u is given, or regenerated as `rademacher_` wrote it for the same key.
-    scale: 0-d tensor s (default 1). skip: 0-d tensor; nonzero leaves h as it is. h float32 or float64, may turn
-    negative. Deterministic.
+    scale: 0-d tensor s (default 1). skip: 0-d tensor; nonzero leaves h as it is. h may turn negative; a bfloat16 h is
+    rounded as in `gnb_ema_`, if `parameter` is given. Deterministic.
     """
+
+    def probe(i, first, hu_b):
+        return _rademacher(first + (offset[i] if offset else 0), hu_b, seed, refresh, parameter[i])
+
+    _fold(h, hu, probe if u is None else u, scale, skip, beta2, seed, refresh, parameter, offset)
+
+
+def _fold(h, x, y, scale, skip, beta2, seed, refresh, parameter, offset):
+    """h <- beta2*h + (1-beta2)*scale*x*y; y: list of tensors, or made by y(i, first element, block of x[i])."""
     if _is_set(skip):
         return
     gain = (1 - beta2) * (1 if scale is None else float(scale))
-    for i, h_i in enumerate(h):
-        for first, (h_b, hu_b, u_b) in _blocks(h_i, hu[i], hu[i] if u is None else u[i], numbered=u is None):
-            if u is None:
-                first += offset[i] if offset else 0
-                u_b = _rademacher(first, h_b, seed, refresh, parameter[i])
-            h_b.mul_(beta2).addcmul_(u_b.to(h_b.dtype), hu_b.to(h_b.dtype), value=gain)
+    for i, (h_i, x_i) in enumerate(zip(h, x, strict=True)):
+        rounds = h_i.dtype == torch.bfloat16 and seed is not None and len(parameter) > 0
+        made = callable(y)
+        for first, (h_b, x_b, y_b) in _blocks(h_i, x_i, x_i if made else y[i], numbered=made or rounds):
+            h_w, x_b = h_b.to(_wide(h_b)), x_b.to(_wide(h_b))
+            y_b = y(i, first, x_b) if made else y_b
+            h_w.mul_(beta2).addcmul_(x_b, y_b.to(h_w.dtype), value=gain)
+            if rounds:
+                key = {"seed": seed, "stream": CURVATURE_ROUNDING, "parameter": parameter[i], "time": refresh}
+                h_w = _stochastic_bfloat16(h_w, first + (offset[i] if offset else 0), key)
+            if h_w is not h_b:
+                h_b.copy_(h_w)
 
 
 def rademacher_(u, *, seed, refresh, parameter, offset=()):

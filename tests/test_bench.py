@@ -393,3 +393,53 @@ def test_a_slowed_kernel_fails_and_nothing_passes_in_silence(tmp_path):
     other = regression_run(storage, *select)
     assert other.returncode != 0 and "this machine has" in other.stdout + other.stderr
     assert reference.kron_expand.__module__ == "growkit.reference"
+
+
+# --- what waits for a GPU --------------------------------------------------------------------------------------------
+
+
+def test_on_gpu_lists_its_parts_within_nine_minutes():
+    script = ROOT / "benchmarks" / "on_gpu.sh"
+    done = subprocess.run([script, "--dry-run"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    *parts, total = done.stdout.splitlines()[1:]
+    assert [line.split()[0] for line in parts] == ["install", "tests", "sophia", "expansion", "tune", "sanitizer"]
+    assert float(total.split()[1]) < int(total.split()[2]) / 60 < 9
+
+
+FAKE_PYTHON = """#!/usr/bin/env bash
+case "$*" in
+    *"-m gpu"*) exit 5 ;;                      # nothing selected: no failure
+    *" bench "*) echo '{}' >"${@: -1}" ;;      # the file named last
+    *tune.py*) echo '{}' >"${@: -1}"; exit 3 ;;
+esac
+"""
+
+
+def test_on_gpu_keeps_what_a_failed_part_wrote(tmp_path):
+    python = tmp_path / "python"
+    python.write_text(FAKE_PYTHON)
+    python.chmod(0o755)
+    words = [ROOT / "benchmarks" / "on_gpu.sh", tmp_path / "out"]
+    done = subprocess.run(words, env=os.environ | {"PYTHON": str(python)}, capture_output=True, text=True)
+    assert done.returncode == 1 and "tune: FAILED with exit code 3" in done.stdout
+    files = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"tests.txt", "sophia.json", "sophia.txt", "expansion.json", "tune.jsonl", "sanitizer.txt"} <= files
+    assert len(files) <= 8
+
+
+def test_every_point_of_the_tuning_grid_computes_the_update(monkeypatch):
+    pytest.importorskip("triton")
+    if os.environ.get("TRITON_INTERPRET") != "1" and not torch.cuda.is_available():
+        pytest.skip("Triton needs a GPU, or TRITON_INTERPRET=1")
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import tune
+
+    lists = sophia.Lists("ragged", "cuda" if torch.cuda.is_available() else "cpu", tiny=True)
+    grid = {"block": (128, 256), "warps": (4,), "chunk": (256, 512), "programs": (0, 2)}
+    for point in tune.points(grid):
+        with tune.launched_with(**point, processors=1):
+            sophia.check_update(
+                lists, lambda: tune.sophia.sophia_step_(*lists.lists, eps=1e-15, **sophia.SCALARS)
+            )
+    assert tune.multi_tensor.CHUNK == 4096 and tune.sophia.PROGRAMS is None

@@ -470,7 +470,11 @@ CHECKS = {
     "step counter": ("sophia_step_", (P, G, M, H, None, torch.tensor(0)), SCALARS),
     "step scale": ("sophia_step_", (P, G, M, H), {**SCALARS, "scale": torch.tensor(2.0), "skip": torch.tensor(0.0)}),
     "step empty": ("sophia_step_", ([], [], [], []), SCALARS),
-    "step tensor lr": ("sophia_step_.tensor_lr", (P, G, M, H), {**SCALARS, "lr": torch.tensor(LR)}),
+    "step tensor lr": (
+        "sophia_step_.tensor",
+        (P, G, M, H),
+        {**SCALARS, "lr": torch.tensor(LR), "rho_bs": torch.tensor(SCALARS["rho_bs"])},
+    ),
     "gnb": ("gnb_ema_", (H, G), {"beta2": 0.99}),
     "gnb scale": ("gnb_ema_", (H, G, torch.tensor(2.0), torch.tensor(0.0)), {"beta2": 0.99}),
     "gnb empty": ("gnb_ema_", ([], []), {"beta2": 0.99}),

@@ -15,7 +15,7 @@ from growkit import ops
 def is_due(group):
     """Whether a refresh follows the next step: after 1, 1+k, 1+2k, ... ("paper") or k, 2k, ... ("official")."""
     every = group["every"] or 10
-    return (group["steps"] + 1) % every == (1 % every if group["phase"] == "paper" else 0)
+    return (int(group["steps"]) + 1) % every == (1 % every if group["phase"] == "paper" else 0)
 
 
 class Attachment:

@@ -3,27 +3,34 @@
 The update and the refreshes are `growkit.ops`; when to refresh, and on what, is `growkit.optim.curvature`.
 """
 
+import itertools
 import warnings
 from collections import defaultdict
+from operator import attrgetter, is_
 
 import torch
 from torch.optim import Optimizer
 
-from growkit import ops
+from growkit import kernels, ops
 from growkit.optim import curvature
 
-_FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.complex64, torch.complex128)
+_FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64, torch.complex128)
 
 
 class _Sophia(Optimizer):
     """What SophiaG and SophiaH share: everything but the denominator and the curvature estimate.
 
+    step() takes the gradient scale and the overflow flag of a `GradScaler` itself, as torch's fused optimizers do.
     A group's `steps` counts its step() calls and `refreshes` its curvature refreshes: together with `every`, `phase`
     and `seed` they are the whole schedule, and survive state_dict, pickling and distributed checkpoints as group keys.
+    Both are tensors: a number that changes would have torch.compile compile step() again.
     """
 
+    _step_supports_amp_scaling = True
+
     def __init__(self, params, **defaults):
-        schedule = {"every": 0, "phase": "paper", "steps": 0, "refreshes": 0}
+        zero = torch.zeros((), dtype=torch.int64)
+        schedule = {"every": 0, "phase": "paper", "steps": zero, "refreshes": zero.clone()}
         self._reset_runtime()
         super().__init__(params, {**defaults, **schedule})
 
@@ -33,7 +40,8 @@ class _Sophia(Optimizer):
         self._refreshing = False
         self._since_refresh = 0
         self._unclipped = {}  # device -> (elements not clipped in the last counted step, a tensor; elements counted)
-        self._skipped = 0
+        self._skipped = self._skipped_steps = 0
+        self._kept = {}  # what _buckets keeps from call to call
         self._reported = None  # copies of both for the host, made at a refresh and read at the next one
         self._warned = set()
 
@@ -49,9 +57,14 @@ class _Sophia(Optimizer):
             raise
 
     def _check_group(self, group):
-        for flag in ("fused", "capturable", "differentiable"):
-            if group[flag]:
-                raise RuntimeError(f"{flag}=True is not supported by {type(self).__name__} in this version")
+        if group["differentiable"]:
+            raise RuntimeError(f"differentiable=True is not supported by {type(self).__name__} in this version")
+        for i, p in enumerate(group["params"]):
+            if group["fused"] and not (p.is_cuda and kernels.available):
+                raise RuntimeError(
+                    f"fused=True needs triton and CUDA parameters, parameter {i} is on {p.device} "
+                    f"and triton is {'installed' if kernels.available else 'missing'}"
+                )
         lr = group["lr"]
         if isinstance(lr, torch.Tensor) and lr.numel() != 1:
             raise ValueError(f"Tensor lr must be 1-element, got shape {tuple(lr.shape)}")
@@ -66,6 +79,18 @@ class _Sophia(Optimizer):
         for i, beta in enumerate(group["betas"]):
             if not 0 <= beta < 1:
                 raise ValueError(f"Invalid beta parameter at index {i}: {beta}, expected 0 <= beta < 1")
+        if group["state_dtype"] not in (None, torch.float32, torch.bfloat16):
+            raise ValueError(
+                f"Invalid state_dtype: {group['state_dtype']}, expected None, torch.float32 or torch.bfloat16"
+            )
+        limit = group["clip_grad_norm"]
+        if limit is not None and not 0 < limit < float("inf"):
+            raise ValueError(f"Invalid clip_grad_norm: {limit}, expected None or a finite number > 0")
+        if limit != self.param_groups[0]["clip_grad_norm"]:
+            raise ValueError(
+                f"Invalid clip_grad_norm: {limit}, expected {self.param_groups[0]['clip_grad_norm']} as in the first "
+                "group: the norm is that of all gradients together"
+            )
         if group["bf16_update"] not in ("stochastic", "master", "nearest"):
             raise ValueError(
                 f"Invalid bf16_update: {group['bf16_update']!r}, expected 'stochastic', 'master' or 'nearest'"
@@ -94,55 +119,78 @@ class _Sophia(Optimizer):
     def _ensure_state(self, group):
         """Make the state of each parameter that has a gradient. `step` is one tensor, shared by the whole group."""
         known = [self.state[p]["step"] for p in group["params"] if "step" in self.state.get(p, ())]
-        step = known[0] if known else torch.tensor(0.0)
-        for p in group["params"]:
-            if p.grad is None:
-                continue
+        present = [p for p in group["params"] if p.grad is not None]
+        if not known and present:
+            known = [torch.zeros((), device=present[0].device if group["capturable"] else "cpu")]
+        for p in present:
             state = self.state[p]
             if not state:
-                wide = {"dtype": _state_dtype(p), "memory_format": torch.preserve_format}
-                state["step"] = step
-                state["exp_avg"], state["hessian"] = torch.zeros_like(p, **wide), torch.zeros_like(p, **wide)
-            if p.dtype == torch.bfloat16 and group["bf16_update"] == "master" and "master" not in state:
+                dtype = {"dtype": _state_dtype(p, group), "memory_format": torch.preserve_format}
+                state["step"] = known[0]
+                state["exp_avg"], state["hessian"] = torch.zeros_like(p, **dtype), torch.zeros_like(p, **dtype)
+            if _has_master(p, group) and "master" not in state:
                 state["master"] = p.detach().to(torch.float32, copy=True)
 
-    def _check_gradients(self):
-        """Raise for any gradient or state that a step could not use, before anything has changed."""
-        name = type(self).__name__
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                if p.grad.layout != torch.strided:
-                    raise RuntimeError(f"{name} does not support sparse gradients")
-                state = self.state.get(p)
-                if state:
-                    tensors = {k: [v] for k, v in state.items() if k != "step"}
-                    ops.check_alike(name, [p], grad=[p.grad], **tensors)
+    def _prepare(self):
+        """[(group, its buckets)], all state made. Raises for whatever a step could not use, before anything changes."""
+        firsts = itertools.accumulate((len(group["params"]) for group in self.param_groups), initial=0)
+        groups = list(zip(firsts, self.param_groups, strict=False))
+        prepared = [(group, self._buckets(first, group)) for first, group in groups]
+        for i, (first, group) in enumerate(groups):
+            if not all(bucket["complete"] for bucket in prepared[i][1]):
+                self._ensure_state(group)
+                prepared[i] = group, self._buckets(first, group)
+        return prepared
 
-    def _groups(self):
-        """Yield (index of the group's first parameter among all, group)."""
-        first = 0
-        for group in self.param_groups:
-            yield first, group
-            first += len(group["params"])
+    def _buckets(self, first, group):
+        """Lists {"p", "g", "exp_avg", "hessian", "master", "parameter"} of those parameters that have a gradient.
 
-    def _buckets(self, first, group, *names, probes=None):
-        """Yield {"p", "g", *names, "u": lists of tensors, "parameter": indices} per device and dtypes, complex as real.
-
-        A list whose tensors do not exist is empty.
+        One bucket per device, dtype and gradient dtype, complex tensors as real. "parameter" holds indices among all
+        parameters, of which `first` is the group's first. Everything but gradients is kept from call to call, and
+        checked again only when a parameter's address, a gradient's shape or dtype, or a state tensor is another.
         """
+        params = group["params"]
+        grads = [p.grad for p in params]
+        states = [self.state.get(p) for p in params]
+        if torch.compiler.is_compiling():
+            kept = self._sort(first, group, grads, states)
+        else:
+            there = [g for g in grads if g is not None]
+            held = [t for state in states if state for t in state.values()]
+            kinds = (
+                [g is None for g in grads],
+                list(map(attrgetter("shape"), there)),
+                list(map(attrgetter("dtype"), there)),
+                list(map(attrgetter("layout"), there)),
+                list(map(torch.Tensor.data_ptr, params)),
+            )
+            known = self._kept.get(first)
+            if known is None or known[0] != kinds or len(known[1]) != len(held) or not all(map(is_, known[1], held)):
+                self._kept[first] = known = kinds, held, self._sort(first, group, grads, states)
+            kept = known[2]
+        return [{**bucket, "g": [_real(grads[i - first]) for i in bucket["parameter"]]} for bucket in kept]
+
+    def _sort(self, first, group, grads, states):
         buckets = defaultdict(lambda: defaultdict(list))
-        for i, p in enumerate(group["params"], first):
-            if p.grad is None:
+        for i, (p, g, state) in enumerate(zip(group["params"], grads, states, strict=True), first):
+            if g is None:
                 continue
-            bucket, state = buckets[p.device, p.dtype, p.grad.dtype], self.state[p]
+            if g.layout != torch.strided:
+                raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
+            # While it traces, torch.compile sets capturable itself.
+            if group["capturable"] and not p.is_cuda and not torch.compiler.is_compiling():
+                raise RuntimeError(f"capturable=True: parameter {i} is on {p.device}, expected a CUDA device")
+            tensors = {k: t for k, t in (state or {}).items() if k != "step"}
+            ops.check_alike(type(self).__name__, [p], grad=[g], **{k: [t] for k, t in tensors.items()})
+            needed = ("exp_avg", "hessian", "master") if _has_master(p, group) else ("exp_avg", "hessian")
+            bucket = buckets[p.device, p.dtype, g.dtype]
             bucket["parameter"].append(i)
-            tensors = {"p": p, "g": p.grad, **{n: state[n] for n in names if n in state}}
-            if probes is not None:
-                tensors["u"] = probes[p]
-            for name, t in tensors.items():
-                bucket[name].append(torch.view_as_real(t) if t.is_complex() else t)
+            bucket["p"].append(_real(p))
+            bucket["step"] = (state or {}).get("step")
+            bucket["complete"] = bucket.get("complete", True) and all(name in tensors for name in needed)
+            for name in needed:
+                if name in tensors:
+                    bucket[name].append(_real(tensors[name]))
         return buckets.values()
 
     def load_state_dict(self, state_dict):
@@ -165,10 +213,13 @@ class _Sophia(Optimizer):
             super().load_state_dict(state_dict)
         finally:
             hook.remove()
+        group_of = {p: group for group in self.param_groups for p in group["params"]}
         for p, state in self._pairs(loaded).values():
+            group = group_of[p]
             for key, value in state.items():
                 if key != "step" and torch.is_tensor(value):
-                    self.state[p][key] = value.to(p.device, _state_dtype(p), copy=True)
+                    dtype = torch.float32 if key == "master" else _state_dtype(p, group)
+                    self.state[p][key] = value.to(p.device, dtype, copy=True)
 
     def _completed_groups(self, groups):
         groups = [dict(group) for group in groups]
@@ -180,6 +231,8 @@ class _Sophia(Optimizer):
                 group |= {"every": own["every"], "phase": own["phase"]}
             for key in self.defaults:
                 group.setdefault(key, own[key])
+            for key in ("steps", "refreshes"):
+                group[key] = torch.as_tensor(group[key]).clone()
             if "gamma" in group:
                 group["rho"] = group.pop("gamma") / group["bs"]
         return groups
@@ -208,13 +261,15 @@ class _Sophia(Optimizer):
         for group in self.param_groups:
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
+        self._kept.clear()
         self._share_steps()
 
     def _share_steps(self):
         for group in self.param_groups:
             states = [self.state[p] for p in group["params"] if "step" in self.state.get(p, ())]
             if states:
-                step = torch.tensor(max(float(s["step"]) for s in states))
+                place = group["params"][0].device if group["capturable"] else "cpu"
+                step = torch.tensor(max(float(s["step"]) for s in states), device=place)
                 for s in states:
                     s["step"] = step
 
@@ -238,22 +293,37 @@ class _Sophia(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._check_gradients()
+        self._check_capture()
         self._update(bs)
         self._follow_schedule()
         return loss
 
+    def _check_capture(self):
+        self._accelerator_graph_capture_health_check()
+        if self._attachment is not None and _capturing():
+            raise RuntimeError(
+                f"{type(self).__name__} is attached to a model, and a CUDA graph cannot hold its refreshes: "
+                "detach() before the capture, and call refresh(model, batches) outside of the graph"
+            )
+
     def _update(self, bs):
-        counting = curvature.is_due(self.param_groups[0])
+        prepared = self._prepare()
+        scale, skip = self._scale_and_skip(prepared)
+        # A graph counts whenever it runs: which of its runs comes before a refresh is not known here.
+        counting = torch.compiler.is_compiling() or _capturing() or curvature.is_due(self.param_groups[0])
         if counting:
             self._unclipped.clear()
-        for first, group in self._groups():
-            self._ensure_state(group)
-            states = [self.state[p] for p in group["params"] if p.grad is not None]
-            if states:
-                states[0]["step"] += 1
-            names = ("exp_avg", "hessian", "master") if group["bf16_update"] == "master" else ("exp_avg", "hessian")
-            for bucket in self._buckets(first, group, *names):
+        for group, buckets in prepared:
+            lr, rho_bs = group["lr"], group["rho"] * (group["bs"] if bs is None else bs)
+            if torch.compiler.is_compiling() and isinstance(
+                lr, torch.Tensor
+            ):  # the op's overload takes tensors for both
+                rho_bs = torch.as_tensor(rho_bs, dtype=torch.float64)
+            if buckets:
+                step = buckets[0]["step"]
+                # A skipped step counts only where asking would make the host wait for the device.
+                step += 1 if skip is None or skip.device != step.device else skip == 0
+            for bucket in buckets:
                 p, count = bucket["p"], None
                 if counting:
                     zero = torch.zeros((), dtype=torch.int64, device=p[0].device)
@@ -265,21 +335,40 @@ class _Sophia(Optimizer):
                     bucket["g"],
                     bucket["exp_avg"],
                     bucket["hessian"],
-                    bucket["master"] or None,
+                    bucket.get("master"),
                     count,
-                    lr=group["lr"],
+                    lr=lr,
                     beta1=group["betas"][0],
-                    rho_bs=group["rho"] * (group["bs"] if bs is None else bs),
+                    rho_bs=rho_bs,
                     eps=group["eps"],
                     weight_decay=group["weight_decay"],
                     denominator=self._denominator,
                     maximize=group["maximize"],
-                    step=states[0]["step"],
+                    scale=scale,
+                    skip=skip,
+                    step=bucket["step"],
                     seed=group["seed"] if stochastic else None,
-                    parameter=bucket["parameter"],
+                    parameter=bucket["parameter"] if stochastic else (),
                 )
 
-    @torch._dynamo.disable
+    def _scale_and_skip(self, prepared):
+        """Factor of every gradient and flag that skips the step, as 0-d tensors on the device, or None."""
+        grad_scale, skip = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        scale = None if grad_scale is None else 1 / grad_scale
+        limit = self.param_groups[0]["clip_grad_norm"]
+        gradients = [bucket["g"] for _, buckets in prepared for bucket in buckets]
+        if limit is not None and gradients:
+            home = gradients[0][0].device
+            norm = sum(ops.squared_norm(g).to(home) for g in gradients).sqrt()
+            norm = norm if scale is None else norm * scale.to(home)
+            coefficient = (limit / (norm + 1e-6)).clamp(max=1)  # as torch.nn.utils.clip_grad_norm_ forms it
+            scale = coefficient if scale is None else scale.to(home) * coefficient
+            skip = ~norm.isfinite() if skip is None else (skip.to(home) != 0) | ~norm.isfinite()
+        if skip is not None:
+            self._skipped_steps = self._skipped_steps + (skip != 0)
+        return scale, skip
+
+    @torch._disable_dynamo
     def _follow_schedule(self):
         attachment, group = self._attachment, self.param_groups[0]
         self._since_refresh += 1
@@ -287,7 +376,7 @@ class _Sophia(Optimizer):
         if attachment is None or attachment.inputs is not None:
             due = attachment is not None and curvature.is_due(group)
             for each in self.param_groups:
-                each["steps"] += 1
+                each["steps"] = each["steps"] + 1
             if due:
                 attachment.refresh()
             if attachment is not None:
@@ -368,26 +457,27 @@ class _Sophia(Optimizer):
 
         count: labels behind the gradient, a 0-d tensor. probes: {parameter: u}, if they are not those of the key.
         """
-        self._check_gradients()
-        grads = [p.grad for g in self.param_groups for p in g["params"] if p.grad is not None]
-        if not grads:
+        prepared = self._prepare()
+        if not any(buckets for _, buckets in prepared):
             return
-        skip = ~torch.stack([g.isfinite().all().to(grads[0].device) for g in grads]).all()
+        finite = [ops.squared_norm(bucket["g"]).isfinite() for _, buckets in prepared for bucket in buckets]
+        skip = ~torch.stack([each.to(finite[0].device) for each in finite]).all()
         if count is not None:
             skip = skip | (count == 0)
         self._skipped = self._skipped + skip
-        for first, group in self._groups():
-            self._ensure_state(group)
-            for bucket in self._buckets(first, group, "hessian", probes=probes):
-                self._fold_bucket(group, bucket, count, skip)
+        params = [p for group in self.param_groups for p in group["params"]]
+        for group, buckets in prepared:
+            for bucket in buckets:
+                u = None if probes is None else [_real(probes[params[i]]) for i in bucket["parameter"]]
+                self._fold_bucket(group, bucket, count, skip, u)
         for group in self.param_groups:
-            group["refreshes"] += 1
+            group["refreshes"] = group["refreshes"] + 1
         self._since_refresh = 0
         self._report()
 
     def _refresh_key(self):
         """What the random bits of the next refresh are keyed by: of the first group, for all of them."""
-        return {"seed": self.param_groups[0]["seed"], "refresh": self.param_groups[0]["refreshes"]}
+        return {"seed": self.param_groups[0]["seed"], "refresh": int(self.param_groups[0]["refreshes"])}
 
     def _report(self):
         """Warn of what the counts copied at the last refresh say: they have arrived by now, so nothing waits."""
@@ -409,24 +499,39 @@ class _Sophia(Optimizer):
         self._reported = self._skipped.to(**host), [count.to(**host) for count, _ in self._unclipped.values()]
 
     def stats(self):
-        """How the optimizer fares: {steps, refreshes, skipped, unclipped}. May wait for the device.
+        """How the optimizer fares: {steps, refreshes, skipped, skipped_steps, unclipped}. May wait for the device.
 
         unclipped: fraction of elements with |m| < d, the official `win_rate`, in the last step before a refresh was
-        due; None before the first such step. skipped: refreshes of this process that were not finite.
+        due; None before the first such step. skipped, skipped_steps: refreshes and steps of this process that were not
+        finite: steps where a `GradScaler` found an overflow, or where `clip_grad_norm` found no finite norm.
         """
         group = self.param_groups[0]
         elements = sum(counted for _, counted in self._unclipped.values())
         unclipped = sum(int(count) for count, _ in self._unclipped.values()) / elements if elements else None
         return {
-            "steps": group["steps"],
-            "refreshes": group["refreshes"],
+            "steps": int(group["steps"]),
+            "refreshes": int(group["refreshes"]),
             "skipped": int(self._skipped),
+            "skipped_steps": int(self._skipped_steps),
             "unclipped": unclipped,
         }
 
 
-def _state_dtype(p):
-    return torch.promote_types(p.dtype, torch.float32)
+def _state_dtype(p, group):
+    wide = torch.promote_types(p.dtype, torch.float32)
+    return group["state_dtype"] or wide if wide == torch.float32 else wide
+
+
+def _has_master(p, group):
+    return p.dtype == torch.float16 or p.dtype == torch.bfloat16 and group["bf16_update"] == "master"
+
+
+def _real(t):
+    return torch.view_as_real(t) if t.is_complex() else t
+
+
+def _capturing():
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 class SophiaG(_Sophia):
@@ -441,18 +546,28 @@ class SophiaG(_Sophia):
     `refresh(model, batches)`, or fill `.grad` with sampled-label gradients and call `update_hessian()`.
 
     params: iterable of tensors, named tensors or groups; a group may override every option below.
-    lr: float or 1-element tensor; the largest change of an element per step, apart from decay.
+    lr: float or 1-element tensor; the largest change of an element per step, apart from decay. With a tensor, which
+        torch's schedulers change in place, torch.compile(optimizer.step) is one graph for all values; take the first
+        step, which makes the state, before compiling.
     betas: EMA factors of the gradient, per step, and of the curvature, per refresh.
     rho: dimensionless; larger rho clips fewer elements. About 0.03 to 0.2; watch `stats()["unclipped"]`.
     weight_decay: decoupled, applied before the step.
     bs: labels per optimizer step in the official code, which multiplies h by it at use. `attach` and `refresh` count
         labels themselves and store h so that bs cancels; with bare `update_hessian()` it must be the number of labels.
     foreach: without effect, for every step is one call on lists of tensors anyway.
-    fused, capturable, differentiable: not supported in this version; True raises RuntimeError.
+    fused: on CUDA parameters the kernels run whenever triton is installed; True raises RuntimeError where they cannot.
+    capturable: keep `step` on the device, so that a CUDA graph can capture step(): with a CUDA tensor lr (and rho or
+        bs), replays use its present value. Run a step before each capture. An attached optimizer refuses capture.
+    differentiable: not supported, True raises RuntimeError.
+    clip_grad_norm: clip the 2-norm of all gradients together to this, in place of torch.nn.utils.clip_grad_norm_:
+        `.grad` stays as it is, and the step reads it once less. A step whose norm is not finite is skipped, counted
+        in stats()["skipped_steps"]. Refreshes are not clipped.
     bf16_update: how bfloat16 parameters take a float32 result: "stochastic" rounding (unbiased, default), a float32
-        "master" copy in the state, or "nearest" (small updates vanish).
+        "master" copy in the state, or "nearest" (small updates vanish). float16 parameters always keep a master copy.
+    state_dtype: of m and h: None is float32, or wider for wider parameters; torch.bfloat16 halves the memory of both:
+        m is then rounded to nearest, h stochastically.
     seed: keys sampled labels, probes and rounding bits; the global random state is never used.
-    State per parameter: `step`, `exp_avg` (m), `hessian` (h), in float32 or wider; 8 bytes per float32 parameter.
+    State per parameter: `step`, `exp_avg` (m), `hessian` (h); 8 bytes per float32 parameter.
     """
 
     _denominator = "add"
@@ -474,21 +589,32 @@ class SophiaG(_Sophia):
         differentiable=False,
         bs=5120,
         eps=1e-15,
+        clip_grad_norm=None,
         bf16_update="stochastic",
+        state_dtype=None,
         seed=0,
     ):
         flags = {"foreach": foreach, "fused": fused, "capturable": capturable, "differentiable": differentiable}
-        common = {"maximize": maximize, "eps": eps, "bf16_update": bf16_update, "seed": seed, **flags}
+        common = {"maximize": maximize, "eps": eps, "clip_grad_norm": clip_grad_norm, "seed": seed, **flags}
+        common |= {"bf16_update": bf16_update, "state_dtype": state_dtype}
         super().__init__(params, lr=lr, betas=betas, rho=rho, weight_decay=weight_decay, bs=bs, **common)
 
     def update_hessian(self):
         """h <- beta2*h + (1-beta2)*g^2 with the gradients that `.grad` holds, as in the official code."""
         self._fold()
 
-    def _fold_bucket(self, group, bucket, count, skip):
+    def _fold_bucket(self, group, bucket, count, skip, u):
         # The gradient of a sum over N labels is N*ghat, so (N/bs)*ghat^2 = grad^2 / (N*bs).
         scale = None if count is None else 1 / (count.double() * group["bs"])
-        ops.gnb_ema_(bucket["hessian"], bucket["g"], scale, skip, beta2=group["betas"][1])
+        ops.gnb_ema_(
+            bucket["hessian"],
+            bucket["g"],
+            scale,
+            skip,
+            beta2=group["betas"][1],
+            **self._refresh_key(),
+            parameter=bucket["parameter"] if bucket["hessian"][0].dtype == torch.bfloat16 else (),
+        )
 
 
 class SophiaH(_Sophia):
@@ -521,11 +647,14 @@ class SophiaH(_Sophia):
         capturable=False,
         differentiable=False,
         eps=1e-12,
+        clip_grad_norm=None,
         bf16_update="stochastic",
+        state_dtype=None,
         seed=0,
     ):
         flags = {"foreach": foreach, "fused": fused, "capturable": capturable, "differentiable": differentiable}
-        common = {"maximize": maximize, "eps": eps, "bf16_update": bf16_update, "seed": seed, **flags}
+        common = {"maximize": maximize, "eps": eps, "clip_grad_norm": clip_grad_norm, "seed": seed, **flags}
+        common |= {"bf16_update": bf16_update, "state_dtype": state_dtype}
         super().__init__(params, lr=lr, betas=betas, rho=rho, weight_decay=weight_decay, bs=1, **common)
 
     def update_hessian(self, u=None):
@@ -544,12 +673,12 @@ class SophiaH(_Sophia):
         params = [p for g in self.param_groups for p in g["params"]]
         curvature.hutchinson(model, calls, key, params, **options)
 
-    def _fold_bucket(self, group, bucket, count, skip):
+    def _fold_bucket(self, group, bucket, count, skip, u):
         sign = torch.tensor(-1.0) if group["maximize"] else None
         ops.hutchinson_ema_(
             bucket["hessian"],
             bucket["g"],
-            bucket["u"] or None,
+            u,
             sign,
             skip,
             beta2=group["betas"][1],

@@ -1,0 +1,205 @@
+"""One launch for any number of tensors: a table on the device says which chunk of which tensor each program handles.
+
+A list of T tensors is cut into C chunks of CHUNK elements, none of which spans two tensors. The table has a part that
+is made once per list of shapes,
+
+    facts  int64 [3, T]   of each tensor: numel, parameter index, global index of its first element
+    chunks int32 [2, C]   of each chunk: its tensor, its number within the tensor
+
+and the addresses of the tensors, int64 [lists, T], of which only the lists that moved since the last launch are sent
+again. Offsets are 64-bit throughout.
+"""
+
+import array
+import weakref
+
+import torch
+import triton
+import triton.language as tl
+
+CHUNK = 4096
+
+DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+@triton.jit
+def chunk_of(chunks, count, c):
+    """Tensor that chunk c lies in, and the chunk's number within the tensor; both int64."""
+    return tl.load(chunks + c).to(tl.int64), tl.load(chunks + count + c).to(tl.int64)
+
+
+@triton.jit
+def fact(facts, tensors, t, k: tl.constexpr):
+    """Of tensor t: k = 0 numel, 1 parameter index, 2 global index of its first element."""
+    return tl.load(facts + k * tensors + t)
+
+
+@triton.jit
+def address(addresses, tensors, t, k: tl.constexpr):
+    """Address of tensor t of list k, as an integer."""
+    return tl.load(addresses + k * tensors + t)
+
+
+@triton.jit
+def aligned(where, dtype: tl.constexpr):
+    """Pointer to an address that is a multiple of 16, so that accesses can be 128 bits wide."""
+    return tl.multiple_of(where.to(tl.pointer_type(dtype)), 16)
+
+
+class Lists:
+    """Equally long lists of tensors, equal in shape within each position, made ready for one launch.
+
+    arguments: what every kernel takes first, (addresses, facts, chunks, T, C). dtypes: of each list, for the kernel.
+    parameter, offset: what the random bits of each tensor are keyed by, for a kernel that draws any.
+
+    Elementwise kernels walk tensors in memory order where all lists agree in a dense layout. Where they do not, or
+    where random bits belong to the row-major index and the layout is another, contiguous copies take the tensors'
+    place, and `finish` writes those of the lists in `written` back. Raises ValueError, which names the list, for
+    unequal lengths or numbers of elements and for more than one device or dtype per list.
+    """
+
+    def __init__(self, op, written, lists, parameter=(), offset=()):
+        first = next(iter(lists.values()))
+        found = [_seen.get((op, name, id(tensors[0]), len(first))) for name, tensors in lists.items()]
+        for i, (name, tensors) in enumerate(lists.items()):
+            if found[i] is None or not found[i].are(tensors):
+                found[i] = _keep(_seen, (op, name, id(tensors[0]), len(first)), _Checked(op, name, tensors, first))
+            if found[i].numel != found[0].numel:
+                k = next(
+                    k for k, pair in enumerate(zip(found[i].numel, found[0].numel, strict=True)) if len(set(pair)) > 1
+                )
+                raise ValueError(f"{op}: {name}[{k}] has {found[i].numel[k]} elements, expected {found[0].numel[k]}")
+        self.dtypes = [DTYPES[each.dtype] for each in found]
+        self._copies, tensors = [], list(lists.values())
+        if not all(each.contiguous for each in found):
+            tensors = self._dense(lists, written, numbered=bool(parameter))
+        facts = found[0].numel, tuple(parameter), tuple(offset)
+        key = found[0].device, CHUNK, *facts
+        table = _tables.get(key) or _keep(_tables, key, _Table(found[0].device, *facts))
+        addresses = table.addresses([list(map(torch.Tensor.data_ptr, each)) for each in tensors])
+        self.arguments = addresses, table.facts, table.chunks, len(first), table.chunks.shape[1]
+        self._tensors = tensors  # copies among them must live until the launch
+
+    def _dense(self, lists, written, numbered):
+        result = [list(tensors) for tensors in lists.values()]
+        for i, tensors in enumerate(zip(*result, strict=True)):
+            if not numbered and len({t.stride() for t in tensors}) == 1 and _is_dense(tensors[0]):
+                continue
+            for name, t, own in zip(lists, tensors, result, strict=True):
+                if not t.is_contiguous():
+                    own[i] = t.contiguous()
+                    if name in written:
+                        self._copies.append((t, own[i]))
+        return result
+
+    def finish(self):
+        """Write the copies back into tensors that could not be walked."""
+        for t, copy in self._copies:
+            t.copy_(copy)
+
+
+def _is_dense(t):
+    """Whether the elements fill one stretch of memory without gap or overlap."""
+    size = 1
+    for stride, n in sorted((s, n) for s, n in zip(t.stride(), t.shape, strict=True) if n != 1):
+        if stride != size:
+            return False
+        size *= n
+    return True
+
+
+# What is kept between calls; beyond _KEPT entries the oldest goes. None holds a tensor of a caller alive.
+_KEPT = 256
+_seen: dict = {}
+_tables: dict = {}
+# What CUDA graphs read at every replay. Nothing tells when a graph is gone, so it stays.
+_captured: list = []
+
+
+def _keep(cache, key, value):
+    if len(cache) >= _KEPT:
+        del cache[next(iter(cache))]
+    cache[key] = value
+    return value
+
+
+class _Checked:
+    """What a list was found to be, so that the same tensor objects are not asked again at every step."""
+
+    def __init__(self, op, name, tensors, first):
+        if len(tensors) != len(first):
+            raise ValueError(f"{op}: {name} has {len(tensors)} tensors, expected {len(first)}")
+        self.dtype, self.device = tensors[0].dtype, first[0].device
+        for i, t in enumerate(tensors):
+            if t.dtype != self.dtype or t.device != self.device:
+                raise ValueError(
+                    f"{op}: {name}[{i}] is {t.dtype} on {t.device}, expected {self.dtype} on {self.device} "
+                    "as the first: one call per dtype and device"
+                )
+        if self.dtype not in DTYPES:
+            raise TypeError(f"{op}: {name} is {self.dtype}, expected one of {', '.join(map(str, DTYPES))}")
+        self.numel = tuple(map(torch.Tensor.numel, tensors))
+        self.contiguous = all(map(torch.Tensor.is_contiguous, tensors))
+        self._references = list(map(weakref.ref, tensors))
+
+    def are(self, tensors):
+        return len(tensors) == len(self._references) and all(
+            reference() is t for reference, t in zip(self._references, tensors, strict=True)
+        )
+
+
+_RUN_ONCE = "CUDA graph capture: run the same call once, outside of any capture, before each capture"
+
+
+def _capturing(device):
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+class _Table:
+    def __init__(self, device, numel, parameter, offset):
+        if _capturing(device):
+            raise RuntimeError(_RUN_ONCE)
+        zeros = (0,) * len(numel)
+        counts = torch.tensor([-(-n // CHUNK) for n in numel])
+        tensor = torch.arange(len(numel)).repeat_interleave(counts)
+        number = torch.arange(len(tensor)) - (counts.cumsum(0) - counts)[tensor]
+        self.facts = torch.tensor([numel, parameter or zeros, offset or zeros]).to(device)
+        self.chunks = torch.stack((tensor, number)).to(device, torch.int32)
+        self._sent = {}  # (number of lists, stream) -> (addresses on the device, the lists that they were sent from)
+        self._spare = {}  # number of lists -> pinned memory for the next capture, which must not allocate any
+
+    def addresses(self, found):
+        """`found`, lists of addresses, as int64 [lists, T] on the device."""
+        device, shape = self.facts.device, (len(found), len(found[0]))
+        cuda = device.type == "cuda"
+        if _capturing(device):
+            return self._capture(found)
+        if cuda and len(found) not in self._spare:
+            self._spare[len(found)] = torch.empty(shape, dtype=torch.int64, pin_memory=True)
+        # One copy per stream: a step on another stream must not overwrite what a kernel of this one still reads.
+        key = len(found), torch.cuda.current_stream(device).cuda_stream if cuda else 0
+        if key not in self._sent:
+            self._sent[key] = torch.empty(shape, dtype=torch.int64, device=device), [None] * len(found)
+        there, sent = self._sent[key]
+        for k, addresses in enumerate(found):
+            if addresses != sent[k]:
+                here = _packed(addresses)
+                # torch's allocator of pinned memory uses this again only once the copy is done.
+                there[k].copy_(here.pin_memory() if cuda else here, non_blocking=True)
+                sent[k] = addresses
+        return there
+
+    def _capture(self, found):
+        """Addresses for a graph, which sends them anew at each replay: from memory, to memory, that are its own."""
+        if len(found) not in self._spare:
+            raise RuntimeError(_RUN_ONCE)
+        here = self._spare.pop(len(found))
+        for row, addresses in zip(here, found, strict=True):
+            row.copy_(_packed(addresses))
+        there = torch.empty(here.shape, dtype=torch.int64, device=self.facts.device)
+        _captured.append((self, here, there.copy_(here, non_blocking=True)))
+        return there
+
+
+def _packed(addresses):
+    return torch.frombuffer(array.array("q", addresses), dtype=torch.int64)
