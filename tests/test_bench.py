@@ -273,6 +273,9 @@ def test_verdicts():
     assert row("no GPU").verdict == "not measured" and row("broke", failed=True).verdict == "FAILED"
     assert row(measure.Value(float("nan"))).verdict == "missed"
     assert row(measure.Value(5.0), "").verdict == "-"
+    assert row(measure.Value(1.99, 0.02)).verdict == "missed by less than noise"
+    assert row(measure.Value(1.99, 0.001)).verdict == "missed"
+    assert row(measure.Value(2.01, 0.02), "<=").verdict == "missed by less than noise"
 
 
 def test_table_shows_goal_measured_and_noise():
@@ -439,7 +442,5 @@ def test_every_point_of_the_tuning_grid_computes_the_update(monkeypatch):
     grid = {"block": (128, 256), "warps": (4,), "chunk": (256, 512), "programs": (0, 2)}
     for point in tune.points(grid):
         with tune.launched_with(**point, processors=1):
-            sophia.check_update(
-                lists, lambda: tune.sophia.sophia_step_(*lists.lists, eps=1e-15, **sophia.SCALARS)
-            )
+            sophia.check_update(lists, lambda: tune.sophia.sophia_step_(*lists.lists, eps=1e-15, **sophia.SCALARS))
     assert tune.multi_tensor.CHUNK == 4096 and tune.sophia.PROGRAMS is None

@@ -5,6 +5,7 @@ import functools
 import gc
 import json
 import math
+import operator
 import os
 import sys
 import time
@@ -51,12 +52,12 @@ class Row(NamedTuple):
             return "not measured"
         if not self.goal.relation:
             return "-"
-        value = self.value.value
-        return (
-            "met"
-            if (value >= self.goal.bound if self.goal.relation == ">=" else value <= self.goal.bound)
-            else "missed"
-        )
+        reaches = operator.ge if self.goal.relation == ">=" else operator.le
+        value, noise = self.value.value, self.value.noise or 0
+        if reaches(value, self.goal.bound):
+            return "met"
+        better = 1 + noise if self.goal.relation == ">=" else 1 - noise
+        return "missed by less than noise" if reaches(value * better, self.goal.bound) else "missed"
 
 
 def _workloads():
@@ -155,7 +156,11 @@ _TABLE = (
     ),
     *(
         (f"S9.{form}.gpt2-xl", f"step(), {what}: {_COPY}", f"update-{form}-gpt2-xl", ">=", 0.88)
-        for form, what in (("bfloat16", "bfloat16 p and g"), ("bfloat16-master", "bfloat16 p and g, master"))
+        for form, what in (
+            ("bfloat16", "bfloat16 p and g"),
+            ("bfloat16-master", "bfloat16 p and g, master"),
+            ("bfloat16-state", "bfloat16 p, g, m, h"),
+        )
     ),
     ("S9.8bit.copy", f"step(), 8-bit m and h: {_COPY}", None, ">=", 0.75),
     ("S9.8bit.time", "step(), float32 p and g: 8-bit m and h / float32", None, "<=", 0.75),
@@ -165,7 +170,7 @@ _TABLE = (
     ),
     ("S10.graph", "step() captured, replayed with another lr: same bits", "host-gpt2-small", ">=", 1, ""),
     ("S10.temporaries", "step(): memory allocated and freed", "host-gpt2-small", "<=", 0, "B"),
-    ("S10.instructions", "step() without its op, 148 tensors: instructions", "host-instructions", "", 0, ""),
+    ("S10.instructions", "step(), 148 tensors, all but the launch: instructions", "host-instructions", "", 0, ""),
     ("S11.gpt2-xl", "step(): clip inside / clip_grad_norm_ before", "update-clip-gpt2-xl", "<=", 0.80),
     *(
         (
