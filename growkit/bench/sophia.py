@@ -455,6 +455,53 @@ def refresh_hutchinson(model, device, tiny=False):
     return Case(run, check, rows, bytes=lists.nbytes("hgh"))
 
 
+def refresh_nll(device, tiny=False):
+    """The loss of labels sampled from the model, and its gradient, against `Categorical` and `cross_entropy`.
+
+    8,192 rows of GPT-2's vocabulary in bfloat16, as a refresh sees them.
+    """
+    count, vocabulary = (12, 41) if tiny else (8192, 50257)
+    logits = torch.randn(count, vocabulary, device=device).mul_(3).to(torch.bfloat16).requires_grad_()
+    key = {"refresh": 0}
+
+    def run():
+        key["refresh"] += 1
+        logits.grad = None
+        ops.sampled_nll(logits, seed=1, **key)[0].backward()
+
+    def categorical():
+        logits.grad = None
+        labels = torch.distributions.Categorical(logits=logits.detach()).sample()
+        torch.nn.functional.cross_entropy(logits, labels).backward()
+
+    def rows(rounds):
+        pairs = paired({"growkit": run, "Categorical": categorical}, "gpu", rounds)
+        found = {"N1.time": pairs.ratio("Categorical", "growkit")}
+        if torch.cuda.is_available():
+            found["N1.memory"] = Value(temporaries(categorical) / temporaries(run))
+        return found
+
+    def check():
+        """Likelihood and gradient are those of the labels drawn, in float64, and other keys draw other labels."""
+        with torch.no_grad():
+            logits.normal_(0, 3)
+        drawn = []
+        for refresh in (key["refresh"] + 1, key["refresh"] + 2):
+            nll, labels, _ = ops.sampled_nll(logits, seed=1, refresh=refresh)
+            drawn.append(labels)
+        (grad,) = torch.autograd.grad(nll, logits)
+        z = logits.detach().double()
+        expected = torch.nn.functional.cross_entropy(z, labels)
+        slope = (z.softmax(-1) - torch.nn.functional.one_hot(labels, vocabulary)) / count
+        _within("nll", nll.reshape(1), expected.reshape(1), 1e-5 * expected.reshape(1))
+        _within("gradient", grad, slope, 1e-6 / count + 2**-7 * slope.abs())
+        if torch.equal(*drawn):
+            raise AssertionError("two keys drew the same labels")
+
+    # Logits read by the forward and by the backward, their gradient written.
+    return Case(run, check, rows, bytes=3 * logits.nbytes)
+
+
 def host(model, device, tiny=False):
     """What a step costs the host, at the model's number of tensors, all small: the device has next to nothing to do."""
     layers = {"gpt2-small": 12, "gpt2-xl": 48}[model]

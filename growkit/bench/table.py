@@ -75,6 +75,7 @@ def _workloads():
     for model in ("gpt2-small", "gpt2-xl"):
         add(f"refresh-gnb-{model}", "cuda", sophia.refresh_gnb, model)
     add("refresh-hutchinson-gpt2-xl", "cuda", sophia.refresh_hutchinson, "gpt2-xl")
+    add("refresh-nll", "cuda", sophia.refresh_nll)
     for model in ("gpt2-small", "gpt2-xl"):
         add(f"host-{model}", "cuda", sophia.host, model)
     add("host-instructions", "any", instructions.step_instructions)
@@ -172,6 +173,8 @@ _TABLE = (
     ("S10.temporaries", "step(): memory allocated and freed", "host-gpt2-small", "<=", 0, "B"),
     ("S10.instructions", "step(), 148 tensors, all but the launch: instructions", "host-instructions", "", 0, ""),
     ("S11.gpt2-xl", "step(): clip inside / clip_grad_norm_ before", "update-clip-gpt2-xl", "<=", 0.80),
+    ("N1.time", "sampled labels' loss and gradient: Categorical / growkit", "refresh-nll", "", 0),
+    ("N1.memory", "the same, in peak memory", "refresh-nll", "", 0),
     *(
         (
             f"L1.{p}.top.highest",
