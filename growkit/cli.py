@@ -1,4 +1,4 @@
-"""The `growkit` command: `growkit demo` and `growkit info`."""
+"""The `growkit` command: `growkit demo`, `growkit bench` and `growkit info`."""
 
 import argparse
 import importlib.metadata
@@ -45,6 +45,14 @@ def main(arguments=None):
     demo.add_argument("--full", action="store_true", help="then sweep the settings of SophiaG and AdamW")
     demo.set_defaults(run=_demo)
 
+    bench = commands.add_parser(
+        "bench", help="measure growkit's goals on this machine, each beside what it is compared with"
+    )
+    bench.add_argument("ids", nargs="*", metavar="ID", help="S, L, C, S4, C1.official, ... (default: all)")
+    bench.add_argument("--device", type=_device, default="auto", help="auto, cpu or cuda (default: %(default)s)")
+    bench.add_argument("--json", type=_file, metavar="FILE", help="write the table there too, after every row")
+    bench.set_defaults(run=_bench)
+
     info = commands.add_parser("info", help="what is installed here, and which implementation each operator uses")
     info.set_defaults(run=_info)
 
@@ -61,6 +69,12 @@ def _path(text):
 def _folder(text):
     if Path(text).exists() and not Path(text).is_dir():
         raise argparse.ArgumentTypeError(f"{text!r} is a file; expected a folder, or a name for a new one")
+    return Path(text)
+
+
+def _file(text):
+    if Path(text).is_dir() or not Path(text).absolute().parent.is_dir():
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a name for a file in a folder that exists")
     return Path(text)
 
 
@@ -90,6 +104,17 @@ def _demo(**options):
     from growkit.demo import run  # here, because it imports what has just been asked for
 
     return run(**options)
+
+
+def _bench(ids, **options):
+    from growkit.bench import table  # here, because it imports more than the other commands need
+
+    try:
+        table.select(ids)
+    except ValueError as error:
+        print(f"growkit bench: ID: {error}", file=sys.stderr)
+        return 2
+    return table.run(ids, **options)
 
 
 def _info():

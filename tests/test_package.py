@@ -99,9 +99,9 @@ LAYERS = (
     ("growkit.reference", "growkit.plan"),
     ("growkit.kernels",),
     ("growkit.ops",),
-    ("growkit.optim", "growkit.growth", "growkit.bench"),
+    ("growkit.optim", "growkit.growth"),
     ("growkit",),
-    ("growkit.demo",),
+    ("growkit.demo", "growkit.bench"),
     ("growkit.cli",),
 )
 HEIGHT = {name: level for level, layer in enumerate(LAYERS) for name in layer}
