@@ -338,10 +338,15 @@ def test_bench_refuses_bad_flags(flags, words, capsys):
 
 def test_instructions_say_why_they_are_not_counted(monkeypatch):
     monkeypatch.setattr(instructions.shutil, "which", lambda name: None)
-    with pytest.raises(RuntimeError, match="valgrind is not installed"):
-        instructions.count()
     (value,) = instructions.step_instructions("cpu").rows(1).values()
     assert value == "valgrind is not installed"
+
+
+@pytest.mark.skipif(instructions.why_not() is not None, reason=str(instructions.why_not()))
+def test_a_count_that_fails_is_no_count(monkeypatch):
+    monkeypatch.setattr(instructions.sys, "executable", "/bin/false")
+    with pytest.raises(RuntimeError, match="valgrind exited with 1"):
+        instructions.count()
 
 
 # --- regression runs -------------------------------------------------------------------------------------------------
