@@ -85,7 +85,7 @@ def pytest_terminal_summary(terminalreporter, config):
     if baseline is None:
         write("no saved run of this hardware, so nothing was compared: this run is the baseline of the next ones")
         return
-    regressed = [name for name, _ in session.performance_regressions]
+    regressed = list(session.performance_regressions)
     write(f"compared with {baseline[0]}: {len(regressed)} slower than is allowed")
     for bench in session.benchmarks:
         saved = baseline[1].get(bench.fullname)
@@ -93,3 +93,9 @@ def pytest_terminal_summary(terminalreporter, config):
             write(f"new, nothing to compare: {bench.name}")
         else:
             write(f"{bench.stats.median / saved['stats']['median']:5.2f} x the saved time: {bench.name}")
+    if regressed:  # said here, where the plugin would end in a traceback
+        session.performance_regressions.clear()
+        terminalreporter._session.exitstatus = pytest.ExitCode.TESTS_FAILED
+        write("Performance has regressed:", red=True)
+        for name, check in regressed:
+            write(f"  {name}: {check}", red=True)
