@@ -96,7 +96,8 @@ def test_import_and_info_need_only_torch(clean_python, tmp_path):
 
 # Lower layers first: a module imports from layers below its own and from its own package.
 LAYERS = (
-    ("growkit.reference", "growkit.kernels", "growkit.plan"),
+    ("growkit.reference", "growkit.kernels", "growkit.plan", "growkit._C"),
+    ("growkit.expand", "growkit.pairs"),
     ("growkit.ops",),
     ("growkit.optim", "growkit.growth", "growkit.bench"),
     ("growkit",),
