@@ -15,9 +15,9 @@ from growkit import plan, reference
 try:
     from growkit import _C
 except ImportError as error:
-    _C, extension = None, f"growkit._C could not be imported: {error}"
+    _C, extension, MAX_LAYERS_BACKWARD = None, f"growkit._C could not be imported: {error}", 0
 else:
-    _facts = _C.build_info()
+    _facts, MAX_LAYERS_BACKWARD = _C.build_info(), _C.MAX_LAYERS_BACKWARD
     extension = ", ".join(f"{name} {value}" for name, value in _facts.items())
 
 _NARROW = (torch.float32, torch.bfloat16, torch.float16)
@@ -35,6 +35,11 @@ def _has_kernels(device):
 
 def _own(x, dtypes=_NARROW):
     return x.is_cuda and x.dtype in dtypes and _has_kernels(x.device)
+
+
+def _wide(x):
+    """The dtype of sums, depth maps and scales."""
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def mix_(out, X, w, scale):
@@ -57,10 +62,10 @@ def forward(W, B, A, w, B_kind, A_kind, order, keep=False, precision=None):
     if order[-1:] == "D" and _own(X):
         shape = [len(w), *_grown(X, maps, order[:-1])[1:]]
         last = X.new_empty([len(X), *shape[1:]]) if keep and len(order) > 1 else None
-        W_new, w32 = X.new_empty(shape), w.float().contiguous()
+        W_new, depth = X.new_empty(shape), w.to(_wide(w)).contiguous()
         for row, column, block in _blocks(X, maps, order[:-1], precision, last, panels=True):
             place = W_new.narrow(1, row, block.shape[1]).narrow(2, column, block.shape[2])
-            mix_([place], [block], [w32], [w32.new_empty(0)] * 2)
+            mix_([place], [block], [depth], [depth.new_empty(0)] * 2)
         return W_new, last if len(order) > 1 else X
     for step in _steps(order, maps, whole=not keep):
         last = X
@@ -84,7 +89,7 @@ def into(parts):
 
     for out, W, B, A, w, B_kind, A_kind, order, scales, precision in parts:
         maps, precision = {"B": (B, B_kind), "A": (A, A_kind)}, _resolve(precision, W)
-        X, wide = W.contiguous(), torch.promote_types(W.dtype, torch.float32)
+        X, wide = W.contiguous(), _wide(W)
         none = W.new_empty(0, dtype=wide)
         before, mixed, after = order.partition("D")
         if mixed and after:
@@ -241,10 +246,11 @@ def _mix(w, X):
 
 def _mix_backward(G, X, w, needs_w, needs_X):
     """dw and w^T G, each None where it is not needed."""
-    if _own(G) and max(w.shape) <= _C.MAX_LAYERS_BACKWARD:
+    if _own(G) and max(w.shape) <= MAX_LAYERS_BACKWARD:
         mixed = torch.empty_like(X, memory_format=torch.contiguous_format) if needs_X else None
-        dw = torch.empty_like(w, dtype=torch.float32, memory_format=torch.contiguous_format) if needs_w else None
-        torch.ops.growkit.kron_mix_backward_(mixed, dw, G, X.contiguous(), w.float().contiguous())
+        depth = w.to(_wide(w)).contiguous()
+        dw = torch.empty_like(depth) if needs_w else None
+        torch.ops.growkit.kron_mix_backward_(mixed, dw, G, X.contiguous(), depth)
         return dw if dw is None else dw.to(w.dtype), mixed
     return G.flatten(1) @ X.flatten(1).mT if needs_w else None, _mix(w.mT, G) if needs_X else None
 

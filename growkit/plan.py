@@ -88,9 +88,9 @@ def panels(size, bytes_each):
     width = PANEL_BYTES // max(bytes_each, 1)
     if width < PANEL_WIDTH:
         width = max(1, MEMORY_BYTES // max(bytes_each, 1))
-    count = -(-size // width)
-    width = -(-size // count)
-    width = min(size, -(-width // 64) * 64) if width > 64 else width  # whole tiles for the products
+    tile = 64 if width >= 64 else 1  # whole tiles for the products
+    count = -(-size // (width // tile * tile))
+    width = -(-size // (count * tile)) * tile
     return [(start, min(start + width, size)) for start in range(0, size, width)]
 
 
