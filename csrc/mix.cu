@@ -358,10 +358,8 @@ void launch_mix_backward(int64_t layers_in, int64_t layers_out, int64_t rows, in
   const int in = layers_in, out = layers_out;
   const int64_t elements = rows * columns, half = ceil_div(layers_in, 2);
   const MixBackwardPlan plan = mix_backward_plan(layers_in, layers_out, elements);
-  const auto start = [&](auto* kernel) {
-    kernel<<<plan.blocks, kThreads, plan.shared_bytes, stream>>>(
-        {in, out, columns, elements, G, U, mixed, w, w_row, partials}, plan);
-  };
+  const MixBackward task{in, out, columns, elements, G, U, mixed, w, w_row, partials};
+  const auto start = [&](auto* kernel) { kernel<<<plan.blocks, kThreads, plan.shared_bytes, stream>>>(task, plan); };
   const auto start_as = [&](auto* of_8, auto* of_16, auto* of_32) { start(half <= 8 ? of_8 : half <= 16 ? of_16 : of_32); };
   if (type == kFloat32) {
     start_as(mix_backward_kernel<kFloat32, 8>, mix_backward_kernel<kFloat32, 16>, mix_backward_kernel<kFloat32, 32>);

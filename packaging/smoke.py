@@ -1,4 +1,4 @@
-"""What an installed wheel must do on a machine without a GPU. Run it outside the checkout: python smoke.py [cuda|pure]."""
+"""What an installed wheel must do on a machine without a GPU: python -I smoke.py pure|cuda, outside the checkout."""
 
 import sys
 from pathlib import Path
@@ -23,7 +23,7 @@ assert plan.best_order(6, 12, plan.Axis("dense", 32, 48), plan.Axis("dense", 8, 
 assert pairs.count(pairs.PAIRS["gpt2-base-medium"]).identity_top == 195689447424
 
 # schemas and fakes
-assert str(torch.ops.growkit.kron_mix_.default._schema).startswith("growkit::kron_mix_(Tensor(a0!)[] out")
+assert "growkit::kron_mix_(Tensor(a" in str(torch.ops.growkit.kron_mix_.default._schema)
 with torch._subclasses.FakeTensorMode():
     fake = ops.kron_expand(torch.empty(3, 8, 6), torch.empty(12, 8), torch.empty(4, 6), A_kind="identity_top")
 assert fake.shape == (3, 12, 10)
