@@ -15,10 +15,14 @@ from growkit import plan, reference
 try:
     from growkit import _C
 except ImportError as error:
-    _C, extension, MAX_LAYERS_BACKWARD = None, f"growkit._C could not be imported: {error}", 0
+    _C, MAX_LAYERS_BACKWARD = None, 0
+    extension = f"none, expansion runs on torch alone ({error})"
 else:
     _facts, MAX_LAYERS_BACKWARD = _C.build_info(), _C.MAX_LAYERS_BACKWARD
-    extension = ", ".join(f"{name} {value}" for name, value in _facts.items())
+    extension = (
+        f"built by CUDA {_facts['cuda']} for sm {' '.join(_facts['archs'])}, torch {_facts['torch']} and newer"
+        + ("" if _facts["stream_found"] else "; not used, as torch's CUDA library was not found")
+    )
 
 _NARROW = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -211,6 +211,40 @@ def kron_expand(W, B=None, A=None, w=None, *, B_kind="dense", A_kind="dense", sh
     return torch.ops.growkit.kron_expand(W, B, A, w, B_kind, A_kind, sharing, keep, precision)[0]
 
 
+def kron_expand_many(parts):
+    """`kron_expand` of several modules, as a list. parts: dicts of its arguments.
+
+    On CUDA, modules of one shape whose planned first step is the same map (queries, keys and values all read the
+    residual stream) take that step as further layers of one stack: one product instead of several, where a single one
+    would leave multiprocessors idle (`plan.stack_pays`). That copies their W once. Results and gradients are those of
+    `kron_expand`.
+    """
+    parts = [dict(part) for part in parts]
+    groups = {}
+    for part in parts:
+        problem = {"B": None, "A": None, "w": None, "B_kind": "dense", "A_kind": "dense", "sharing": "model"} | part
+        order = _kron_order(*(problem[name] for name in ("W", "B", "A", "w", "B_kind", "A_kind", "sharing")))
+        M, W = problem.get(order[:1]), part["W"]
+        if len(order) < 2 or M is None or M.ndim != 2 or not _stacks(W, M, order[0]):
+            continue
+        kind = problem[f"{order[0]}_kind"]
+        same = (order[0], kind, id(M), W.shape[1:], W.dtype, W.device, part.get("precision"))
+        groups.setdefault(same, []).append(part)
+    for (step, kind, *_, precision), group in groups.items():
+        if len(group) > 1:
+            stack = torch.cat([part["W"] for part in group])
+            first = {step: group[0][step], f"{step}_kind": kind, "precision": precision}
+            widened = kron_expand(stack, **first).split([len(part["W"]) for part in group])
+            for part, W in zip(group, widened, strict=True):
+                part |= {"W": W, step: None, f"{step}_kind": "dense"}
+    return [kron_expand(**part) for part in parts]
+
+
+def _stacks(W, M, step):
+    L1, o1, i1 = W.shape
+    return W.is_cuda and plan.stack_pays(*((L1 * o1, len(M)) if step == "A" else (len(M), L1 * i1)))
+
+
 def kron_expand_into(parts):
     """`kron_expand` straight into tensors that exist, such as the parameters of the large model. No gradients.
 

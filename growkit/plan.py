@@ -94,6 +94,15 @@ def panels(size, bytes_each):
     return [(start, min(start + width, size)) for start in range(0, size, width)]
 
 
+# A product is cut into tiles of 128 x 128 results, one for each of an H200's 132 multiprocessors at a time.
+TILE, MULTIPROCESSORS = 128, 132
+
+
+def stack_pays(m, n):
+    """Whether a product of m x n results leaves multiprocessors idle, so that one with more rows would fill them."""
+    return -(-m // TILE) * -(-n // TILE) < MULTIPROCESSORS
+
+
 # Rates of one H200 in FLOP/s and bytes/s: assumed, not measured.
 FLOAT32_RATE, TF32_RATE, BANDWIDTH = 50e12, 330e12, 4.3e12
 

@@ -33,7 +33,7 @@ if [ -z "$nvcc" ]; then
 fi
 release=$("$nvcc" --version | sed -n 's/.*release \([0-9]*\)\.\([0-9]*\).*/cu\1\2/p')
 raw=$(mktemp -d)
-GROWKIT_FORCE_CUDA=1 GROWKIT_LOCAL_VERSION="$release" "$python" -m build --wheel --no-isolation --outdir "$raw"
+GROWKIT_FORCE_CUDA=1 GROWKIT_LOCAL_VERSION="$release" "$python" -m build --no-isolation --outdir "$raw"  # from its sdist
 # torch's libraries stay outside: the wheel works with whichever torch is there.
 "$python" -m auditwheel repair --exclude 'libtorch*.so' --exclude 'libc10*.so' --wheel-dir dist "$raw"/*.whl
 rm -rf "$raw"

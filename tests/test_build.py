@@ -32,7 +32,16 @@ def nvcc_home():
     return None
 
 
-needs_nvcc = pytest.mark.skipif(nvcc_home() is None, reason="no nvcc in CUDA_HOME or /usr/local/cuda")
+def lacking():
+    """What the compiled half of this file cannot do without and does not find, or None."""
+    if nvcc_home() is None:
+        return "no nvcc in CUDA_HOME or /usr/local/cuda"
+    if not shutil.which("ninja", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}"):
+        return "no ninja"
+    return None if importlib.util.find_spec("pybind11") else "no pybind11"
+
+
+needs_nvcc = pytest.mark.skipif(lacking() is not None, reason=str(lacking()))
 
 
 def run(*words, cwd, fails=False, **environment):
@@ -177,6 +186,31 @@ def test_index_arithmetic_on_the_host(tmp_path):
     assert int(run(tmp_path / "launch_test", cwd=tmp_path).split()[0]) > 10_000_000
 
 
+# What g++ cannot read of the kernels: the launch, dynamic shared memory, the one instruction written out.
+ON_HOST = (
+    (r"(\w+)<<<(.+?), kThreads, (.+?), stream>>>\(", r"host::launch(\1, \2, kThreads, \3, "),
+    (r"extern __shared__ float4 shared\[\];", "float4* const shared = host::shared;"),
+    (r'asm\("cvt\.rna.*', "std::memcpy(&bits, &v, 4); bits = (bits + 0x1000) & ~0x1fffu;"),
+)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="no g++ on PATH")
+def test_kernels_run_on_the_host(tmp_path):
+    """The kernels themselves, thread by thread: results, barriers, bounds of shared memory and of what is written."""
+    replaced = 0
+    for path in SOURCE.iterdir():
+        text = path.read_text()
+        for pattern, there in ON_HOST if path.suffix == ".cu" else ():
+            text, count = re.subn(pattern, there, text)
+            replaced += count
+        (tmp_path / path.name).write_text(text)
+    assert replaced == 5 + 2 + 1 and "<<<" not in "".join(path.read_text() for path in tmp_path.glob("*.cu"))
+    flags = "-std=c++17 -O2 -w -fsanitize=undefined -fno-sanitize-recover=all".split()
+    includes = [f"-I{ROOT / 'tests/cuda_on_host'}", f"-I{tmp_path}"]
+    run("g++", *flags, *includes, ROOT / "tests/kernels_test.cpp", "-o", tmp_path / "kernels_test", cwd=tmp_path)
+    assert int(run(tmp_path / "kernels_test", cwd=tmp_path).split()[0]) > 1_000_000
+
+
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
     """setup.py's own build for sm_80, sm_90, sm_100 beside whatever torch is here: the library and what nvcc said."""
@@ -184,7 +218,7 @@ def built(tmp_path_factory):
     said = run(
         sys.executable, "setup.py", "build_ext", "--inplace", cwd=source, CUDA_HOME=str(nvcc_home()), MAX_JOBS="1",
         GROWKIT_FORCE_CUDA="1", GROWKIT_SKIP_CUDA_BUILD="", TORCH_CUDA_ARCH_LIST="8.0;9.0;10.0",
-        NVCC_APPEND_FLAGS="-Xptxas -v",
+        NVCC_APPEND_FLAGS="-Xptxas -v", PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     )  # fmt: skip
     (library,) = source.glob("growkit/_C*.so")
     return library, said
@@ -193,7 +227,7 @@ def built(tmp_path_factory):
 @pytest.fixture(scope="module")
 def plans(request, tmp_path_factory):
     """growkit._C: the whole of it where nvcc is, else bindings.cpp alone."""
-    if nvcc_home():
+    if not lacking():
         return load(request.getfixturevalue("built")[0])
     if not shutil.which("g++"):
         pytest.skip("no nvcc and no g++")

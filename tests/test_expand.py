@@ -311,6 +311,27 @@ def test_expansion_into_checks_everything_before_it_writes(change, message):
     assert not any(y.any() for y in good["out"])
 
 
+def test_modules_that_share_a_map_are_one_stack(monkeypatch):
+    monkeypatch.setattr(ops, "_stacks", lambda W, M, step: True)
+    calls = []
+    expand_one = ops.kron_expand
+    monkeypatch.setattr(ops, "kron_expand", lambda W, *x, **y: calls.append(W.shape) or expand_one(W, *x, **y))
+    parts = []
+    A = torch.randn(8, 16, dtype=torch.float64, requires_grad=True)
+    for kind in ("identity_top", "identity_top", "dense", "copy", None):
+        W, B, _, w, _ = _case(kind, None, L2=9, o=(16, 24), i=(16, 16))
+        parts.append(dict(W=W, B=B, A=A, w=w, B_kind=kind or "dense", A_kind="identity_top"))
+        _differentiable(W, B, w)
+    parts.append({**parts[0], "A": A.detach().clone(), "sharing": "target"})  # equal, but not the same map
+    leaves = [A, *(part[name] for part in parts[:3] for name in ("W", "B", "w"))]
+    together = ops.kron_expand_many(parts)
+    assert len(calls) == len(parts) + 1 and calls[0][0] > 3  # one stack of several modules came first
+    alone = [expand_one(**part) for part in parts]
+    gradients = [torch.autograd.grad(sum(x.square().sum() for x in xs), leaves) for xs in (together, alone)]
+    for x, y in zip((*together, *gradients[0]), (*alone, *gradients[1]), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-11, atol=1e-11)
+
+
 def test_widened_blocks_wait_for_one_launch(monkeypatch):
     launches = []
     monkeypatch.setattr(expand, "mix_", lambda out, X, w, scale: launches.append(len(X)))

@@ -35,7 +35,9 @@ LAYOUTS = {
     "rows": lambda L, r, c, dtype: torch.empty(L, r, c, device="cuda", dtype=dtype).unbind(),
     "padded": lambda L, r, c, dtype: torch.full((L, r, c + 5), 7.0, device="cuda", dtype=dtype)[..., :c].unbind(),
     "transposed": lambda L, r, c, dtype: torch.empty(L, c, r, device="cuda", dtype=dtype).mT.unbind(),
-    "unaligned": lambda L, r, c, dtype: torch.empty(L * r * c + 1, device="cuda", dtype=dtype)[1:].view(L, r, c).unbind(),
+    "unaligned": lambda L, r, c, dtype: (
+        torch.empty(L * r * c + 1, device="cuda", dtype=dtype)[1:].view(L, r, c).unbind()
+    ),
 }  # fmt: skip
 SHAPES = [
     (6, 12, 33, 64),

@@ -61,7 +61,13 @@ def test_sdist_can_run_its_own_tests(archives):
     with tarfile.open(archives[0]) as sdist:
         names = {name.partition("/")[2] for name in sdist.getnames()}
     assert {"setup.py", "pyproject.toml", "Makefile", "LICENSE", "README.md", "kernels/__init__.py"} <= names
-    for folder, pattern in (("tests", "**/*.py"), ("tests", "*.cpp"), ("csrc", "*"), ("packaging", "*")):
+    for folder, pattern in (
+        ("tests", "**/*.py"),
+        ("tests", "*.cpp"),
+        ("tests", "cuda_on_host/*"),
+        ("csrc", "*"),
+        ("packaging", "*"),
+    ):
         assert {str(path.relative_to(ROOT)) for path in (ROOT / folder).glob(pattern)} <= names
 
 

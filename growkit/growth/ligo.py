@@ -147,11 +147,18 @@ class LiGO(nn.Module):
         kinds = {f"{name}_kind": m.kind if m else "dense" for name, m in zip("BA", maps, strict=True)}
         return dict(W=W, B=B, A=A, w=w, **kinds, sharing=self.sharing), vectors
 
-    def _expand_row(self, row):
+    def expand(self):
+        """All weights of the large model, name -> tensor, differentiable in the operators."""
+        arguments = [self._arguments(part) for row in self._rows for part in row.parts]
+        pieces = iter(ops.kron_expand_many([part for part, _ in arguments]))
+        scaled = ((next(pieces), scales) for _, scales in arguments)
+        return dict(weight for row in self._rows for weight in self._assemble(row, scaled))
+
+    def _assemble(self, row, scaled):
+        """Names and weights of one row of the table, whose parts are the next of `scaled`."""
         pieces = []
-        for part in row.parts:
-            arguments, scales = self._arguments(part)
-            piece = ops.kron_expand(**arguments)
+        for _ in row.parts:
+            piece, scales = next(scaled)
             if scales["row_scale"] is not None:
                 piece = piece * scales["row_scale"][:, None]
             if scales["column_scale"] is not None:
@@ -159,10 +166,6 @@ class LiGO(nn.Module):
             pieces.append(piece)
         stack = pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1 + row.joined)
         return zip(row.names, (stack.squeeze(-1) if row.vector else stack).unbind(), strict=True)
-
-    def expand(self):
-        """All weights of the large model, name -> tensor, differentiable in the operators."""
-        return dict(weight for row in self._rows for weight in self._expand_row(row))
 
     @property
     def flops_per_expansion(self):

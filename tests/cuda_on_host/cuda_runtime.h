@@ -48,6 +48,11 @@ template <typename T>
 void __stcs(T* p, T v) {
   *p = v;
 }
+inline float __uint_as_float(uint32_t bits) {
+  float f;
+  std::memcpy(&f, &bits, 4);
+  return f;
+}
 inline void __trap() { std::abort(); }
 
 namespace host {
