@@ -13,7 +13,7 @@ import torch
 from growkit import plan, reference
 
 try:
-    from growkit import _C
+    import growkit._C as _C
 except ImportError as error:
     _C, MAX_LAYERS_BACKWARD = None, 0
     extension = f"none, expansion runs on torch alone ({error})"
@@ -56,6 +56,18 @@ def gather_(out, X, rows=None, columns=None):
     (torch.ops.growkit.kron_gather_ if own else reference.kron_gather_)(out, X, None, rows, columns)
 
 
+def _in_its_own_dtypes(run):
+    """Autocast reaches into the implementation of an operator: products here must not become bfloat16."""
+
+    @functools.wraps(run)
+    def call(*arguments, **options):
+        with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
+            return run(*arguments, **options)
+
+    return call
+
+
+@_in_its_own_dtypes
 def forward(W, B, A, w, B_kind, A_kind, order, keep=False, precision=None):
     """W_new[l2] = sum_l1 w[l2,l1] B W[l1] A^T, contracted in `order`; arguments as `growkit.ops.kron_expand` has them.
 
@@ -77,6 +89,7 @@ def forward(W, B, A, w, B_kind, A_kind, order, keep=False, precision=None):
     return X, last
 
 
+@_in_its_own_dtypes
 def into(parts):
     """Expand each part straight into tensors that exist. See `growkit.ops.kron_expand_into`.
 
@@ -115,6 +128,7 @@ def into(parts):
     launch()
 
 
+@_in_its_own_dtypes
 def backward(G, W, B, A, w, last, B_kind, A_kind, order, needs, precision=None):
     """Gradients of `forward` with respect to those of (W, B, A, w) whose flag in `needs` is set, as a list.
 
@@ -229,10 +243,15 @@ def _apply(Y, X, M, step, precision):
     """Y = M X[n] (step "B") or X[n] M^T (step "A"), written in place: no cat."""
     if step == "B":
         _product(Y, M.expand(len(X), -1, -1), X, precision)
-    elif M.ndim == 2:
-        _product(Y.flatten(0, 1), X.flatten(0, 1), M.mT, precision)
-    else:
-        _product(Y, X, M.mT, precision)
+    elif M.ndim == 2 and Y.stride(0) == Y.shape[1] * Y.stride(1):
+        _product(_rows(Y), X.flatten(0, 1), M.mT, precision)
+    else:  # Y is some rows of every layer, or there is a map per layer
+        _product(Y, X, M.mT.expand(len(X), -1, -1), precision)
+
+
+def _rows(Y):
+    """All rows of a stack as one matrix to be written: a view, where flatten might copy."""
+    return Y.view(Y.shape[0] * Y.shape[1], Y.shape[2])
 
 
 def _second_input(W, last, maps, w, order, precision):
@@ -287,7 +306,7 @@ def _narrow(G, M, kind, step, shape, precision):
     head, G = G.narrow(axis, 0, top), G.narrow(axis, top, M.shape[-2])
     X = G.new_empty(shape)
     if step == "A" and M.ndim == 2 and G.is_cuda:
-        _product(X.flatten(0, 1), G.flatten(0, 1), M, precision, head.flatten(0, 1) if top else None)
+        _product(_rows(X), G.flatten(0, 1), M, precision, head.flatten(0, 1) if top else None)
     else:
         M = M.expand(shape[0], -1, -1)
         left, right = (M.mT, G) if step == "B" else (G, M)
@@ -301,7 +320,7 @@ def _product(out, left, right, precision, add=None):
     setting = contextlib.nullcontext()
     if precision:
         if precision == "medium":
-            multiply(left.bfloat16(), right.bfloat16(), out_dtype=torch.float32, out=out)
+            multiply(_bfloat16(left), _bfloat16(right), out_dtype=torch.float32, out=out)
             return out if add is None else out.add_(add)
         elements = sum(x[0].numel() if x.ndim == 3 and x.stride(0) == 0 else x.numel() for x in (left, right))
         m, n, k = out.numel() // max(1, out.shape[-1]), out.shape[-1], left.shape[-1]
@@ -311,6 +330,10 @@ def _product(out, left, right, precision, add=None):
         setting = _tf32(split or precision == "high")
     with setting:
         return multiply(left, right, out=out) if add is None else add_product(add, left, right, out=out)
+
+
+def _bfloat16(x):
+    return x[0].bfloat16().expand(x.shape) if x.ndim == 3 and x.stride(0) == 0 else x.bfloat16()
 
 
 def split_tf32(X, right, axis):
