@@ -131,7 +131,8 @@ void kron_mix_(std::vector<Tensor> out, std::vector<Tensor> X, std::vector<Tenso
       check_shape(op, "w", w[j], {w[j].size(0), job.layers_in});
       STD_TORCH_CHECK(w[j].scalar_type() == ScalarType::Float && (w[j].numel() == 0 || w[j].stride(1) == 1), op,
                       ": w must be float32 with adjacent columns");
-      job.w = static_cast<const float*>(w[j].const_data_ptr());
+      // A sum over no layers has no w to point to; any address will do, as null stands for something else.
+      job.w = job.layers_in ? static_cast<const float*>(w[j].const_data_ptr()) : reinterpret_cast<const float*>(16);
       job.w_row = w[j].stride(0);
       job.layers_out = w[j].size(0);
     }

@@ -79,13 +79,14 @@ def forward(W, B, A, w, B_kind, A_kind, order, keep=False, precision=None):
         shape = [len(w), *_grown(X, maps, order[:-1])[1:]]
         last = X.new_empty([len(X), *shape[1:]]) if keep and len(order) > 1 else None
         W_new, depth = X.new_empty(shape), w.to(_wide(w)).contiguous()
-        for row, column, block in _blocks(X, maps, order[:-1], precision, last, panels=True):
+        # At "highest" the products take far longer than the traffic that panels save, and each would split X again.
+        for row, column, block in _blocks(X, maps, order[:-1], precision, last, panels=precision != "highest"):
             place = W_new.narrow(1, row, block.shape[1]).narrow(2, column, block.shape[2])
             mix_([place], [block], [depth], [depth.new_empty(0)] * 2)
         return W_new, last if len(order) > 1 else X
     for step in _steps(order, maps, whole=not keep):
         last = X
-        X = _mix(w, X) if step == "D" else _widen(X, maps, step, precision)
+        X = _mix(w, X, precision) if step == "D" else _widen(X, maps, step, precision)
     return X, last
 
 
@@ -106,16 +107,20 @@ def into(parts):
 
     for out, W, B, A, w, B_kind, A_kind, order, scales, precision in parts:
         maps, precision = {"B": (B, B_kind), "A": (A, A_kind)}, _resolve(precision, W)
+        if precision == "highest":
+            precision = "unsplit"  # growing happens once: the memory of split operands costs more than their time gains
         X, wide = W.contiguous(), _wide(W)
         none = W.new_empty(0, dtype=wide)
         before, mixed, after = order.partition("D")
         if mixed and after:
             for step in before + mixed:
-                X = _mix(w, X) if step == "D" else _widen(X, maps, step, precision)
+                X = _mix(w, X, precision) if step == "D" else _widen(X, maps, step, precision)
             before, mixed = after, ""
         depth = w.to(wide).contiguous() if mixed else none
         scales = [none if scale is None else scale.to(wide).contiguous() for scale in scales]
         for row, column, block in _blocks(X, maps, before, precision, panels=True):
+            if jobs[1] and jobs[1][-1].device != block.device:
+                launch()
             ranges = ((row, block.shape[1]), (column, block.shape[2]))
             jobs[0].extend(y.narrow(0, *ranges[0]).narrow(1, *ranges[1]) for y in out)
             jobs[1].append(block)
@@ -145,7 +150,7 @@ def backward(G, W, B, A, w, last, B_kind, A_kind, order, needs, precision=None):
         step, X = order[position], inputs[position]
         more = needed["W"] or any(needed[earlier] for earlier in order[:position])
         if step == "D":
-            gradients["D"], G = _mix_backward(G, X, w, needed["D"], more)
+            gradients["D"], G = _mix_backward(G, X, w, needed["D"], more, precision)
         else:
             if needed[step]:
                 gradients[step] = _map_gradient(G, X, *maps[step], step, precision)
@@ -260,14 +265,15 @@ def _second_input(W, last, maps, w, order, precision):
         return last[:, : W.shape[1]]
     if order[1] == "A" and maps["A"][1] == "identity_top":
         return last[..., : W.shape[2]]
-    return _mix(w, W) if order[0] == "D" else _widen(W, maps, order[0], precision)
+    return _mix(w, W, precision) if order[0] == "D" else _widen(W, maps, order[0], precision)
 
 
-def _mix(w, X):
-    return (w @ X.flatten(1)).view(w.shape[0], *X.shape[1:])
+def _mix(w, X, precision):
+    with _tf32(False, precision):  # bound by memory: a lower precision would gain nothing
+        return (w @ X.flatten(1)).view(w.shape[0], *X.shape[1:])
 
 
-def _mix_backward(G, X, w, needs_w, needs_X):
+def _mix_backward(G, X, w, needs_w, needs_X, precision):
     """dw and w^T G, each None where it is not needed."""
     if _own(G) and max(w.shape) <= MAX_LAYERS_BACKWARD:
         mixed = torch.empty_like(X, memory_format=torch.contiguous_format) if needs_X else None
@@ -275,7 +281,9 @@ def _mix_backward(G, X, w, needs_w, needs_X):
         dw = torch.empty_like(depth) if needs_w else None
         torch.ops.growkit.kron_mix_backward_(mixed, dw, G, X.contiguous(), depth)
         return dw if dw is None else dw.to(w.dtype), mixed
-    return G.flatten(1) @ X.flatten(1).mT if needs_w else None, _mix(w.mT, G) if needs_X else None
+    with _tf32(False, precision):
+        dw = G.flatten(1) @ X.flatten(1).mT if needs_w else None
+    return dw, _mix(w.mT, G, precision) if needs_X else None
 
 
 def _map_gradient(G, X, M, kind, step, precision):
@@ -315,30 +323,50 @@ def _narrow(G, M, kind, step, shape, precision):
 
 
 def _product(out, left, right, precision, add=None):
-    """out = left @ right (+ add), matrices or stacks of them. precision: of float32 on CUDA, else None."""
+    """out = left @ right (+ add), matrices or stacks of them.
+
+    precision: of float32 on CUDA, else None; "unsplit" is "highest" on CUDA cores.
+    """
     multiply, add_product = (torch.bmm, torch.baddbmm) if out.ndim == 3 else (torch.mm, torch.addmm)
-    setting = contextlib.nullcontext()
-    if precision:
-        if precision == "medium":
-            multiply(_bfloat16(left), _bfloat16(right), out_dtype=torch.float32, out=out)
-            return out if add is None else out.add_(add)
-        elements = sum(x[0].numel() if x.ndim == 3 and x.stride(0) == 0 else x.numel() for x in (left, right))
-        m, n, k = out.numel() // max(1, out.shape[-1]), out.shape[-1], left.shape[-1]
-        split = precision == "highest" and _own(out) and out.numel() and plan.split_pays(m, n, k, elements)
-        if split:
-            left, right = split_tf32(left, False, -1), split_tf32(right, True, -2)
-        setting = _tf32(split or precision == "high")
-    with setting:
+    if precision == "medium":
+        multiply(_bfloat16(left), _bfloat16(right), out_dtype=torch.float32, out=out)
+        return out if add is None else out.add_(add)
+    if precision == "highest" and _own(out) and out.numel():
+        elements = sum(x[0].numel() if _is_repeated(x) else x.numel() for x in (left, right))
+        if plan.split_pays(out.numel() // out.shape[-1], out.shape[-1], left.shape[-1], elements):
+            return _split_product(out, left, right, add, 12 * elements)
+    with _tf32(precision == "high", precision):
         return multiply(left, right, out=out) if add is None else add_product(add, left, right, out=out)
 
 
+def _split_product(out, left, right, add, split_bytes):
+    """`_product` as three TF32 products in one; what is split at a time is bounded by cutting the first axis of out."""
+    stacked = out.ndim == 3
+    if not stacked:
+        right = split_tf32(right, True, -2)
+    step = max(1, len(out) * plan.MEMORY_BYTES // max(split_bytes, plan.MEMORY_BYTES))
+    for start in range(0, len(out), step):
+        piece = slice(start, start + step)
+        operands = split_tf32(left[piece], False, -1), split_tf32(right[piece], True, -2) if stacked else right
+        with _tf32(True, "highest"):
+            if add is None:
+                (torch.bmm if stacked else torch.mm)(*operands, out=out[piece])
+            else:
+                (torch.baddbmm if stacked else torch.addmm)(add[piece], *operands, out=out[piece])
+    return out
+
+
+def _is_repeated(x):
+    return x.ndim == 3 and x.stride(0) == 0
+
+
 def _bfloat16(x):
-    return x[0].bfloat16().expand(x.shape) if x.ndim == 3 and x.stride(0) == 0 else x.bfloat16()
+    return x[0].bfloat16().expand(x.shape) if _is_repeated(x) else x.bfloat16()
 
 
 def split_tf32(X, right, axis):
     """`tf32_split_` of an operand along axis -1 or -2, which is the one summed over, with the operand's own layout."""
-    if X.ndim == 3 and X.stride(0) == 0:
+    if _is_repeated(X):
         return split_tf32(X[0], right, axis).expand(len(X), -1, -1)
     if X.stride(-1) != 1 and X.stride(-2) == 1:
         return split_tf32(X.mT, right, -3 - axis).mT
@@ -351,8 +379,11 @@ def split_tf32(X, right, axis):
 
 
 @contextlib.contextmanager
-def _tf32(allowed):
-    """Whether cuBLAS may use TF32 for float32 inside."""
+def _tf32(allowed, precision):
+    """Whether cuBLAS may use TF32 for float32 inside; with no precision given, nothing changes."""
+    if precision is None:
+        yield
+        return
     matmul = torch.backends.cuda.matmul
     before = matmul.fp32_precision
     matmul.fp32_precision = "tf32" if allowed else "ieee"

@@ -462,6 +462,7 @@ def test_split_takes_any_layout(make, axis):
 def test_split_products_enter_every_step(B_kind, A_kind, depth, sharing, shape, own_way, monkeypatch):
     """Orchestration of precision="highest" as on CUDA; the products themselves are float32 here."""
     monkeypatch.setattr(plan, "split_pays", lambda *_: True)
+    monkeypatch.setattr(plan, "MEMORY_BYTES", 20_000)
     monkeypatch.setattr(expand, "_resolve", lambda precision, W: precision)
     W, B, A, w, options = _case(B_kind, A_kind, depth, sharing, **SHAPES[shape])
     inputs = [x.float() if x is not None and x.is_floating_point() else x for x in (W, B, A, w)]

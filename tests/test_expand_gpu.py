@@ -237,9 +237,10 @@ def test_pairs_against_float64(name, kind, precision):
         del exact, expected, fast, got, G
 
 
+@pytest.mark.parametrize("precision", ["highest", "high"])
 @pytest.mark.parametrize("kind", ["dense", "identity_top"])
 @pytest.mark.parametrize("name", pairs.PAIRS)
-def test_growth_stays_within_its_memory(name, kind):
+def test_growth_stays_within_its_memory(name, kind, precision):
     """Beside W: at most 64 MB and one module's stack, and never 2 GB."""
     pair = pairs.PAIRS[name]
     inputs, options = case(kind, kind, (pair.f1, pair.f2), (pair.d1, pair.d2), pair.L1, pair.L2)
@@ -248,7 +249,7 @@ def test_growth_stays_within_its_memory(name, kind):
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     ops.kron_expand_into(
-        [dict(zip("W B A w".split(), inputs, strict=True)) | dict(out=out, precision="high") | options]
+        [dict(zip("W B A w".split(), inputs, strict=True)) | dict(out=out, precision=precision) | options]
     )
     torch.cuda.synchronize()
     extra = torch.cuda.max_memory_allocated() - before
