@@ -157,15 +157,17 @@ py::dict split_plan_of(int64_t n, int64_t k, int64_t m, bool runs) {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "Facts of the build, and the launch plans of the CUDA kernels. Importing it registers the kernels with torch.";
+  m.doc() =
+      "Facts of the build, and the launch plans of the CUDA kernels. Importing it registers the kernels with torch.";
   m.attr("MAX_LAYERS_BACKWARD") = kMixMaxLayersBackward;
-  m.def("build_info", &build_info, "Compiler, archs, CUDA and the oldest torch, and whether torch's CUDA library was found.");
+  m.def("build_info", &build_info,
+        "Compiler, archs, CUDA and the oldest torch, and whether torch's CUDA library was found.");
   const auto layers_in = py::arg("layers_in"), layers_out = py::arg("layers_out"), rows = py::arg("rows"),
              columns = py::arg("columns"), x_strides = py::arg("x_strides"), y_strides = py::arg("y_strides");
   m.def("mix_plan", &mix_plan, layers_in, layers_out, rows, columns, x_strides, y_strides, py::arg("misaligned") = 0,
         "Launch of one stack of float32 matrices: path, grid, block, shared memory in bytes, layers in registers.");
-  m.def("mix_offsets", &mix_offsets, layers_in, layers_out, rows, columns, x_strides, y_strides, py::arg("misaligned") = 0,
-        py::arg("block"), "Offsets in a target of all that one block of mix_plan writes.");
+  m.def("mix_offsets", &mix_offsets, layers_in, layers_out, rows, columns, x_strides, y_strides,
+        py::arg("misaligned") = 0, py::arg("block"), "Offsets in a target of all that one block of mix_plan writes.");
   m.def("mix_backward_plan", &mix_backward_plan_of, layers_in, layers_out, py::arg("elements"),
         "Launch of the mix's backward; workspace in bytes.");
   m.def("gather_plan", &gather_plan_of, py::arg("layers"), rows, columns, py::arg("element"), py::arg("whole"),

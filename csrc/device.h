@@ -1,4 +1,5 @@
-// Reading and writing float32, bfloat16 and float16 as float, four neighbours or one; streaming, as nothing is read twice.
+// Reading and writing float32, bfloat16 and float16 as float, four neighbours or one; streaming, as nothing is read
+// twice.
 #pragma once
 
 #include <cuda_bf16.h>

@@ -1,5 +1,5 @@
-// Entry points: each takes a schema's arguments apart, checks them, plans and launches. Registered for the CUDA key of ops
-// whose schemas growkit/ops.py defines; importing this library before them is harmless.
+// Entry points: each takes a schema's arguments apart, checks them, plans and launches. Registered for the CUDA key of
+// ops whose schemas growkit/ops.py defines; importing this library before them is harmless.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -16,7 +16,8 @@
 
 // Lives in libtorch_cuda. Weak, so that this library also loads beside a torch without CUDA; whether it was found then
 // depends on the link to libtorch.so, which brings libtorch_cuda in where there is one.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index,
+                                                                                   void** ret_stream);
 
 namespace growkit {
 namespace {
@@ -43,9 +44,7 @@ class Launcher {
   void done() const { check(cudaGetLastError()); }
 
  private:
-  void check(cudaError_t error) const {
-    STD_TORCH_CHECK(error == cudaSuccess, op_, ": ", cudaGetErrorString(error));
-  }
+  void check(cudaError_t error) const { STD_TORCH_CHECK(error == cudaSuccess, op_, ": ", cudaGetErrorString(error)); }
 
   const char* op_;
   int previous_ = 0;
@@ -75,8 +74,8 @@ Type check_type(const char* op, const char* name, const Tensor& tensor) {
 }
 
 void check_place(const char* op, const char* name, const Tensor& tensor, const Tensor& like) {
-  STD_TORCH_CHECK(tensor.is_cuda() && tensor.get_device() == like.get_device(), op, ": ", name, " must be on CUDA device ",
-                  static_cast<int>(like.get_device()), " as the other tensors");
+  STD_TORCH_CHECK(tensor.is_cuda() && tensor.get_device() == like.get_device(), op, ": ", name,
+                  " must be on CUDA device ", static_cast<int>(like.get_device()), " as the other tensors");
 }
 
 void check_shape(const char* op, const char* name, const Tensor& tensor, std::initializer_list<int64_t> shape) {
@@ -101,8 +100,8 @@ const float* vector_of(const char* name, const Tensor& scale, int64_t size, cons
 
 void kron_mix_(std::vector<Tensor> out, std::vector<Tensor> X, std::vector<Tensor> w, std::vector<Tensor> scale) {
   constexpr const char* op = "kron_mix_";
-  STD_TORCH_CHECK(w.size() == X.size() && scale.size() == 2 * X.size(), op, ": ", X.size(), " stacks need as many w, got ",
-                  w.size(), ", and twice as many scale, got ", scale.size());
+  STD_TORCH_CHECK(w.size() == X.size() && scale.size() == 2 * X.size(), op, ": ", X.size(),
+                  " stacks need as many w, got ", w.size(), ", and twice as many scale, got ", scale.size());
   if (X.empty()) return;
   const Launcher launcher(op, X[0]);
   const auto launch = std::make_unique<MixLaunch>();  // 32 KB: not on the stack
@@ -138,7 +137,8 @@ void kron_mix_(std::vector<Tensor> out, std::vector<Tensor> X, std::vector<Tenso
     }
     job.row_scale = vector_of("row scale", scale[2 * j], job.rows, X[0]);
     job.column_scale = vector_of("column scale", scale[2 * j + 1], job.columns, X[0]);
-    STD_TORCH_CHECK(job.layers_out <= kMaxTargets, op, ": at most ", kMaxTargets, " targets a stack, got ", job.layers_out);
+    STD_TORCH_CHECK(job.layers_out <= kMaxTargets, op, ": at most ", kMaxTargets, " targets a stack, got ",
+                    job.layers_out);
     std::vector<void*> targets(job.layers_out);
     if (next < out.size() && out[next].dim() == 3) {
       const Tensor& whole = out[next++];
@@ -209,7 +209,8 @@ void kron_mix_backward_(std::optional<Tensor> mixed, std::optional<Tensor> dw, T
   if (dw) {
     check_place(op, "dw", *dw, G);
     check_shape(op, "dw", *dw, {layers_out, layers_in});
-    STD_TORCH_CHECK(dw->scalar_type() == ScalarType::Float && dw->is_contiguous(), op, ": dw must be contiguous float32");
+    STD_TORCH_CHECK(dw->scalar_type() == ScalarType::Float && dw->is_contiguous(), op,
+                    ": dw must be contiguous float32");
   }
   if (w.numel() == 0 || rows * columns == 0 || (!mixed && !dw)) {  // sums over nothing
     if (mixed && mixed->numel()) torch::stable::zero_(*mixed);
@@ -231,7 +232,8 @@ void kron_mix_backward_(std::optional<Tensor> mixed, std::optional<Tensor> dw, T
   launcher.done();
 }
 
-const int64_t* index_of(const char* name, const std::optional<Tensor>& index, int64_t from, int64_t to, const Tensor& like) {
+const int64_t* index_of(const char* name, const std::optional<Tensor>& index, int64_t from, int64_t to,
+                        const Tensor& like) {
   constexpr const char* op = "kron_gather_";
   if (!index) {
     STD_TORCH_CHECK(from == to, op, ": out has ", to, " ", name, ", expected ", from, " as X where there is no index");
@@ -292,8 +294,8 @@ void tf32_split_(Tensor out, Tensor X, bool right) {
   check_place(op, "out", out, X);
   const int64_t n = X.size(0), k = X.size(1), m = X.size(2);
   check_shape(op, "out", out, {n, 3 * k, m});
-  STD_TORCH_CHECK(X.scalar_type() == ScalarType::Float && out.scalar_type() == ScalarType::Float && out.is_contiguous(), op,
-                  ": X must be float32, out contiguous float32");
+  STD_TORCH_CHECK(X.scalar_type() == ScalarType::Float && out.scalar_type() == ScalarType::Float && out.is_contiguous(),
+                  op, ": X must be float32, out contiguous float32");
   if (X.numel() == 0) return;
   // Runs: the k*m elements of one n are adjacent. A dimension of size 1 has no stride to speak of.
   const bool run = (m == 1 || X.stride(2) == 1) && (k == 1 || X.stride(1) == m);
@@ -303,8 +305,8 @@ void tf32_split_(Tensor out, Tensor X, bool right) {
   STD_TORCH_CHECK(plan.blocks <= kMaxBlocks, op, ": X is too large for one launch");
   const int64_t strides[3] = {X.stride(0), X.stride(1), X.stride(2)};
   const Launcher launcher(op, X);
-  launch_split(static_cast<const float*>(X.const_data_ptr()), static_cast<float*>(out.mutable_data_ptr()), n, k, m, strides,
-               runs, right, plan, launcher.stream());
+  launch_split(static_cast<const float*>(X.const_data_ptr()), static_cast<float*>(out.mutable_data_ptr()), n, k, m,
+               strides, runs, right, plan, launcher.stream());
   launcher.done();
 }
 

@@ -23,7 +23,8 @@ __global__ void __launch_bounds__(kThreads) gather_kernel(const Gather g) {
     if (item >= items) continue;
     const GatherPlace at = gather_place(item, g.row_count, g.column_count);
     to[part] = at.layer * g.y_layer + at.row * g.y_row + at.column * g.y_column;
-    const int64_t from = source(g.layers, at.layer, g.x_layers) * g.x_layer + source(g.rows, at.row, g.x_rows) * g.x_row +
+    const int64_t from = source(g.layers, at.layer, g.x_layers) * g.x_layer +
+                         source(g.rows, at.row, g.x_rows) * g.x_row +
                          source(g.columns, at.column, g.x_columns) * g.x_column;
     value[part] = static_cast<const Unit*>(g.x)[from];
   }

@@ -1,5 +1,5 @@
-// Launch plans and index arithmetic of every kernel in this folder. Host-only C++17 with no torch and no CUDA header: the
-// kernels compile it for the device, bindings.cpp for Python, and the tests for the host alone.
+// Launch plans and index arithmetic of every kernel in this folder. Host-only C++17 with no torch and no CUDA header:
+// the kernels compile it for the device, bindings.cpp for Python, and the tests for the host alone.
 #pragma once
 
 #include <cstdint>
@@ -32,18 +32,19 @@ GROWKIT_HD void divide(int64_t n, int64_t d, int64_t& quotient, int64_t& remaind
 
 // --- mix + assemble: y[l2][r, c] = row_scale[r] column_scale[c] sum_l1 w[l2, l1] x[l1][r, c]
 
-constexpr int kVector = 4;               // elements per thread on the vector path
-constexpr int kTile = 32;                // edge of a tile on the transposed path
+constexpr int kVector = 4;  // elements per thread on the vector path
+constexpr int kTile = 32;   // edge of a tile on the transposed path
 constexpr int kTileRows = kThreads / kTile;
 constexpr int kTileParts = kTile / kTileRows;
-constexpr int kDeepTargets = 8;          // targets that a deep job sums at a time
-constexpr int kMaxJobs = 64;             // both limits: a launch's arguments are at most 32,764 bytes
+constexpr int kDeepTargets = 8;  // targets that a deep job sums at a time
+constexpr int kMaxJobs = 64;     // both limits: a launch's arguments are at most 32,764 bytes
 constexpr int kMaxTargets = 2800;
-constexpr int kMixMaxLayersIn = 32;      // what a thread holds in registers, four of each on the vector path
-constexpr int kMixMaxLayersOut = 256;    // w, padded to 32 columns, is at most 32 KiB of shared memory
+constexpr int kMixMaxLayersIn = 32;    // what a thread holds in registers, four of each on the vector path
+constexpr int kMixMaxLayersOut = 256;  // w, padded to 32 columns, is at most 32 KiB of shared memory
 
 // Three ways of walking one job. vector: four neighbours of a row per thread, every access 64 or 128 bits. scalar: one
-// element per thread, any strides. transposed: 32 x 32 tiles through shared memory, for targets stored column by column.
+// element per thread, any strides. transposed: 32 x 32 tiles through shared memory, for targets stored column by
+// column.
 enum MixPath : int32_t { kVectorPath, kScalarPath, kTransposedPath };
 
 struct MixJob {
@@ -65,13 +66,14 @@ struct MixLaunch {
   MixJob jobs[kMaxJobs];
   void* targets[kMaxTargets];
   int64_t blocks;
-  int32_t count;  // of jobs
-  int32_t used;   // of targets
+  int32_t count;                  // of jobs
+  int32_t used;                   // of targets
   int32_t layers_in, layers_out;  // the most of any job with a w that is not deep
 };
 static_assert(sizeof(MixLaunch) <= 32764, "kernel arguments are limited to 32,764 bytes");
 
-// A job too large for registers or shared memory: x is read once for every kDeepTargets targets, one element per thread.
+// A job too large for registers or shared memory: x is read once for every kDeepTargets targets, one element per
+// thread.
 GROWKIT_HD bool is_deep(const MixJob& job) {
   return job.w && (job.layers_in > kMixMaxLayersIn || job.layers_out > kMixMaxLayersOut);
 }
@@ -198,18 +200,18 @@ GROWKIT_HD Place mix_tile_place(const MixJob& job, int64_t block, int thread, in
 
 constexpr int kMixMaxLayersBackward = 64;  // 4 x 4 results of dw per thread: 16 x 16 threads
 constexpr int kMicro = 4;
-constexpr int64_t kPartials = 1056;  // 8 blocks for each of the 132 multiprocessors of H100 and H200; fixed, so that the
-                                     // sums do not depend on the device
+constexpr int64_t kPartials = 1056;  // 8 blocks for each of the 132 multiprocessors of H100 and H200; fixed, so that
+                                     // the sums do not depend on the device
 
 struct MixBackwardPlan {
-  int64_t columns;       // of a tile: 64 or 128
-  int64_t pitch;         // floats from one layer of a tile to the next
+  int64_t columns;  // of a tile: 64 or 128
+  int64_t pitch;    // floats from one layer of a tile to the next
   int64_t tiles;
-  int64_t blocks;        // block b takes tiles b, b + blocks, ...
-  int64_t micro_tiles;   // 4 x 4 pieces of dw
-  int64_t lanes;         // threads that share a piece, each with every lanes-th column
+  int64_t blocks;       // block b takes tiles b, b + blocks, ...
+  int64_t micro_tiles;  // 4 x 4 pieces of dw
+  int64_t lanes;        // threads that share a piece, each with every lanes-th column
   int64_t shared_bytes;
-  int64_t workspace;     // floats: dw of each block
+  int64_t workspace;  // floats: dw of each block
 };
 
 GROWKIT_HD int64_t padded_layers(int64_t layers) { return ceil_div(layers, kMicro) * kMicro; }
@@ -235,11 +237,12 @@ inline MixBackwardPlan mix_backward_plan(int64_t layers_in, int64_t layers_out, 
 constexpr int kGatherItems = 4;  // per thread, kThreads apart
 
 struct GatherPlan {
-  int64_t unit;    // bytes moved at a time
+  int64_t unit;  // bytes moved at a time
   int64_t blocks;
 };
 
-// columns: of the result, in elements; whole: no column index, unit column strides and 16-byte aligned rows on both sides.
+// columns: of the result, in elements; whole: no column index, unit column strides and 16-byte aligned rows on both
+// sides.
 inline GatherPlan gather_plan(int64_t layers, int64_t rows, int64_t columns, int64_t element, bool whole) {
   GatherPlan plan;
   plan.unit = whole && columns * element % 16 == 0 ? 16 : element;

@@ -216,8 +216,8 @@ __global__ void __launch_bounds__(kThreads, 1) mix_kernel(const __grid_constant_
 
 // One tile of a stack into shared memory: this thread's column of every groups-th layer. Padding is zero.
 template <int32_t type>
-__device__ __forceinline__ void load_tile(const Stack& stack, int64_t offset, bool inside, int layers, int padded, int group,
-                                          int groups, int pitch, float* tile) {
+__device__ __forceinline__ void load_tile(const Stack& stack, int64_t offset, bool inside, int layers, int padded,
+                                          int group, int groups, int pitch, float* tile) {
 #pragma unroll 4
   for (int l = group; l < padded; l += groups) {
     float v[1] = {0.0f};
@@ -237,8 +237,7 @@ struct MixBackward {
 
 // Each block sums dw over its tiles in registers and writes it to its own slot; a second kernel adds the slots.
 template <int32_t type, int half>  // half: of the small layers, rounded up, as two threads share a column
-__global__ void __launch_bounds__(kThreads, 2)
-    mix_backward_kernel(const MixBackward task, const MixBackwardPlan plan) {
+__global__ void __launch_bounds__(kThreads, 2) mix_backward_kernel(const MixBackward task, const MixBackwardPlan plan) {
   const auto [layers_in, layers_out, columns, elements, G, U, mixed, w, w_row, partials] = task;
   extern __shared__ float4 shared[];
   const int width = plan.columns, pitch = plan.pitch, in = padded_layers(layers_in), out = padded_layers(layers_out);
@@ -328,7 +327,8 @@ __global__ void __launch_bounds__(kThreads, 2)
 }
 
 // dw[i] = sum over blocks of partials[block][i]: a warp's lanes take neighbouring i, its warps every eighth block.
-__global__ void __launch_bounds__(kThreads) sum_partials_kernel(const float* partials, int64_t blocks, int count, float* dw) {
+__global__ void __launch_bounds__(kThreads)
+    sum_partials_kernel(const float* partials, int64_t blocks, int count, float* dw) {
   __shared__ float sums[kThreads / 32][32];
   const int i = blockIdx.x * 32 + threadIdx.x % 32, warp = threadIdx.x / 32;
   float sum = 0.0f;
@@ -353,14 +353,17 @@ void launch_mix(const MixLaunch& launch, cudaStream_t stream) {
   kernel<<<launch.blocks, kThreads, mix_shared_bytes(instance, launch.layers_out), stream>>>(launch);
 }
 
-void launch_mix_backward(int64_t layers_in, int64_t layers_out, int64_t rows, int64_t columns, Type type, Stack G, Stack U,
-                         Stack mixed, const float* w, int64_t w_row, float* dw, float* partials, cudaStream_t stream) {
+void launch_mix_backward(int64_t layers_in, int64_t layers_out, int64_t rows, int64_t columns, Type type, Stack G,
+                         Stack U, Stack mixed, const float* w, int64_t w_row, float* dw, float* partials,
+                         cudaStream_t stream) {
   const int in = layers_in, out = layers_out;
   const int64_t elements = rows * columns, half = ceil_div(layers_in, 2);
   const MixBackwardPlan plan = mix_backward_plan(layers_in, layers_out, elements);
   const MixBackward task{in, out, columns, elements, G, U, mixed, w, w_row, partials};
   const auto start = [&](auto* kernel) { kernel<<<plan.blocks, kThreads, plan.shared_bytes, stream>>>(task, plan); };
-  const auto start_as = [&](auto* of_8, auto* of_16, auto* of_32) { start(half <= 8 ? of_8 : half <= 16 ? of_16 : of_32); };
+  const auto start_as = [&](auto* of_8, auto* of_16, auto* of_32) {
+    start(half <= 8 ? of_8 : half <= 16 ? of_16 : of_32);
+  };
   if (type == kFloat32) {
     start_as(mix_backward_kernel<kFloat32, 8>, mix_backward_kernel<kFloat32, 16>, mix_backward_kernel<kFloat32, 32>);
   } else if (type == kBFloat16) {

@@ -1,5 +1,5 @@
-// x = hi + lo, both TF32 (8 exponent bits, 10 of the fraction), laid side by side so that one TF32 product over three times
-// the length is hi*hi + hi*lo + lo*hi: float32 accuracy on tensor cores, but for lo*lo and the rounding of lo.
+// x = hi + lo, both TF32 (8 exponent bits, 10 of the fraction), laid side by side so that one TF32 product over three
+// times the length is hi*hi + hi*lo + lo*hi: float32 accuracy on tensor cores, but for lo*lo and the rounding of lo.
 #include "device.h"
 #include "kernels.h"
 
@@ -14,8 +14,9 @@ __device__ __forceinline__ float tf32(float v) {
 
 // Parts of the left operand: lo, hi, hi; of the right one: hi, lo, hi. The small products come first in the sum.
 template <int width>
-__global__ void __launch_bounds__(kThreads) split_kernel(const float* x, float* y, int64_t count, int64_t span, int64_t m,
-                                                         int64_t outer, int64_t row, int64_t column, bool runs, bool right) {
+__global__ void __launch_bounds__(kThreads)
+    split_kernel(const float* x, float* y, int64_t count, int64_t span, int64_t m, int64_t outer, int64_t row,
+                 int64_t column, bool runs, bool right) {
   const int64_t item = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (item >= count) return;
   const SplitPlace at = split_place(item, span, width);
@@ -39,11 +40,11 @@ __global__ void __launch_bounds__(kThreads) split_kernel(const float* x, float* 
 
 }  // namespace
 
-void launch_split(const float* x, float* y, int64_t n, int64_t k, int64_t m, const int64_t strides[3], bool runs, bool right,
-                  const SplitPlan& plan, cudaStream_t stream) {
+void launch_split(const float* x, float* y, int64_t n, int64_t k, int64_t m, const int64_t strides[3], bool runs,
+                  bool right, const SplitPlan& plan, cudaStream_t stream) {
   auto* kernel = plan.width == 1 ? split_kernel<1> : split_kernel<kVector>;
-  kernel<<<plan.blocks, kThreads, 0, stream>>>(x, y, n * k * m / plan.width, k * m, m, strides[0], strides[1], strides[2],
-                                               runs, right);
+  kernel<<<plan.blocks, kThreads, 0, stream>>>(x, y, n * k * m / plan.width, k * m, m, strides[0], strides[1],
+                                               strides[2], runs, right);
 }
 
 }  // namespace growkit

@@ -5,7 +5,8 @@ case "$1" in
 13.*)
     # NVIDIA's packages on PyPI. All of one release: a newer nvvm or crt than nvcc makes ptxas refuse its input.
     /opt/python/cp312-cp312/bin/python -m pip install --target /opt/nvidia \
-        "nvidia-cuda-nvcc==$1.*" "nvidia-nvvm==$1.*" "nvidia-cuda-crt==$1.*" "nvidia-cuda-cccl==$1.*" "nvidia-cuda-runtime==$1.*"
+        "nvidia-cuda-nvcc==$1.*" "nvidia-nvvm==$1.*" "nvidia-cuda-crt==$1.*" "nvidia-cuda-cccl==$1.*" \
+        "nvidia-cuda-runtime==$1.*"
     ln -sfn "/opt/nvidia/nvidia/cu${1%%.*}" /opt/cuda
     ;;
 12.*)

@@ -33,7 +33,8 @@ if [ -z "$nvcc" ]; then
 fi
 release=$("$nvcc" --version | sed -n 's/.*release \([0-9]*\)\.\([0-9]*\).*/cu\1\2/p')
 raw=$(mktemp -d)
-GROWKIT_FORCE_CUDA=1 GROWKIT_LOCAL_VERSION="$release" "$python" -m build --no-isolation --outdir "$raw"  # from its sdist
+# Not --wheel: the wheel comes from the sdist, so what the sdist lacks shows here.
+GROWKIT_FORCE_CUDA=1 GROWKIT_LOCAL_VERSION="$release" "$python" -m build --no-isolation --outdir "$raw"
 # torch's libraries stay outside: the wheel works with whichever torch is there.
 "$python" -m auditwheel repair --exclude 'libtorch*.so' --exclude 'libc10*.so' --wheel-dir dist "$raw"/*.whl
 rm -rf "$raw"

@@ -1,5 +1,5 @@
-// The CUDA kernels of csrc/, run on the host through cuda_on_host/, against plain loops in double. Compiled from a copy of
-// csrc/ in which launches are function calls; see test_build.py.
+// The CUDA kernels of csrc/, run on the host through cuda_on_host/, against plain loops in double. Compiled from a copy
+// of csrc/ in which launches are function calls; see test_build.py.
 #include <cstdio>
 #include <cstdlib>
 #include <random>
@@ -121,8 +121,9 @@ static void mix_cases(const std::vector<MixCase>& cases) {
           if (c.scaled) sum *= k->row_scale[i] * k->column_scale[j];
           const int64_t at = l2 * k->layer + i * k->y_row + j * k->y_column;
           written[at] = true;
-          EXPECT(close(k->y.get(at), sum, c.y_type, c.layers_in), "mix %ld->%ld of %ld x %ld: [%ld, %ld, %ld] is %g, not %g",
-                 c.layers_in, c.layers_out, c.rows, c.columns, l2, i, j, k->y.get(at), sum);
+          EXPECT(close(k->y.get(at), sum, c.y_type, c.layers_in),
+                 "mix %ld->%ld of %ld x %ld: [%ld, %ld, %ld] is %g, not %g", c.layers_in, c.layers_out, c.rows,
+                 c.columns, l2, i, j, k->y.get(at), sum);
         }
       }
     }
@@ -137,7 +138,8 @@ static void backward_case(int64_t layers_in, int64_t layers_out, int64_t rows, i
   for (int64_t i = 0; i < layers_out * n; ++i) G.set(i, random_values(1)[0]);
   for (int64_t i = 0; i < layers_in * n; ++i) U.set(i, random_values(1)[0]);
   const std::vector<float> w = random_values(layers_in * layers_out);
-  std::vector<float> dw(layers_in * layers_out + 1, 7), partials(mix_backward_plan(layers_in, layers_out, n).workspace, 7);
+  std::vector<float> dw(layers_in * layers_out + 1, 7),
+      partials(mix_backward_plan(layers_in, layers_out, n).workspace, 7);
   launch_mix_backward(layers_in, layers_out, rows, columns, type, {G.data, n, columns}, {U.data, n, columns},
                       {needs_x ? mixed.data : nullptr, n, columns}, w.data(), layers_in, needs_w ? dw.data() : nullptr,
                       needs_w ? partials.data() : nullptr, nullptr);
@@ -145,8 +147,9 @@ static void backward_case(int64_t layers_in, int64_t layers_out, int64_t rows, i
     for (int64_t i = 0; i < n; ++i) {
       double sum = 0;
       for (int64_t l2 = 0; l2 < layers_out; ++l2) sum += w[l2 * layers_in + l1] * G.get(l2 * n + i);
-      EXPECT(close(mixed.get(l1 * n + i), sum, type, layers_out), "mixed %ld->%ld of %ld x %ld: [%ld, %ld] is %g, not %g",
-             layers_in, layers_out, rows, columns, l1, i, mixed.get(l1 * n + i), sum);
+      EXPECT(close(mixed.get(l1 * n + i), sum, type, layers_out),
+             "mixed %ld->%ld of %ld x %ld: [%ld, %ld] is %g, not %g", layers_in, layers_out, rows, columns, l1, i,
+             mixed.get(l1 * n + i), sum);
     }
   }
   for (int64_t l2 = 0; needs_w && l2 < layers_out; ++l2) {
@@ -154,8 +157,8 @@ static void backward_case(int64_t layers_in, int64_t layers_out, int64_t rows, i
       double sum = 0;
       for (int64_t i = 0; i < n; ++i) sum += G.get(l2 * n + i) * U.get(l1 * n + i);
       const float got = dw[l2 * layers_in + l1];
-      EXPECT(close(got, sum, kFloat32, std::sqrt(n) + 1), "dw %ld->%ld of %ld x %ld: [%ld, %ld] is %g, not %g", layers_in,
-             layers_out, rows, columns, l2, l1, got, sum);
+      EXPECT(close(got, sum, kFloat32, std::sqrt(n) + 1), "dw %ld->%ld of %ld x %ld: [%ld, %ld] is %g, not %g",
+             layers_in, layers_out, rows, columns, l2, l1, got, sum);
     }
   }
   for (int i = 0; i < 4; ++i) EXPECT(mixed.get(layers_in * n + i) == 7, "written beyond the end");
@@ -177,8 +180,8 @@ static void gather_case(int64_t rows, int64_t columns, int mask) {
   const GatherPlan plan = gather_plan(layers, rows, columns, sizeof(T), whole);
   const int64_t per = plan.unit / sizeof(T);
   const auto of = [&](int axis) { return mask >> axis & 1 ? index[axis].data() : nullptr; };
-  launch_gather({x, y, of(0), of(1), of(2), in[0], in[1], in[2], layers, rows, columns / per, in[1] * in[2] / per, in[2] / per,
-                 1, rows * columns / per, columns / per, 1},
+  launch_gather({x, y, of(0), of(1), of(2), in[0], in[1], in[2], layers, rows, columns / per, in[1] * in[2] / per,
+                 in[2] / per, 1, rows * columns / per, columns / per, 1},
                 plan, nullptr);
   for (int64_t l = 0; l < layers; ++l) {
     for (int64_t r = 0; r < rows; ++r) {
@@ -206,7 +209,8 @@ static void split_case(int64_t n, int64_t k, int64_t m, bool strided, bool right
         float part[3];
         for (int p = 0; p < 3; ++p) part[p] = y.get((i * 3 * k + p * k + j) * m + l);
         const float v = x.get(i * strides[0] + j * strides[1] + l * strides[2]), lo = part[right], hi = part[2];
-        EXPECT(part[!right] == hi && std::abs(lo) <= std::abs(hi) * 0x1p-11f && std::abs(v - hi - lo) <= std::abs(v) * 0x1p-22f,
+        EXPECT(part[!right] == hi && std::abs(lo) <= std::abs(hi) * 0x1p-11f &&
+                   std::abs(v - hi - lo) <= std::abs(v) * 0x1p-22f,
                "split of %g is %g, %g, %g", v, part[0], part[1], part[2]);
       }
     }

@@ -1,24 +1,25 @@
-// The kernels' index arithmetic, run on the host over odd shapes: every element of every result is written exactly once.
+// The kernels' index arithmetic, run on the host over odd shapes: every element of every result is written exactly
+// once.
+#include "launch.h"
+
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <vector>
 
-#include "launch.h"
-
 using namespace growkit;
 
 static int64_t checks = 0;
 
-#define EXPECT(condition, ...)                                     \
-  do {                                                             \
-    ++checks;                                                      \
-    if (!(condition)) {                                            \
-      std::printf("%s:%d: %s: ", __FILE__, __LINE__, #condition);  \
-      std::printf(__VA_ARGS__);                                    \
-      std::printf("\n");                                           \
-      std::exit(1);                                                \
-    }                                                              \
+#define EXPECT(condition, ...)                                    \
+  do {                                                            \
+    ++checks;                                                     \
+    if (!(condition)) {                                           \
+      std::printf("%s:%d: %s: ", __FILE__, __LINE__, #condition); \
+      std::printf(__VA_ARGS__);                                   \
+      std::printf("\n");                                          \
+      std::exit(1);                                               \
+    }                                                             \
   } while (0)
 
 static void* address(int64_t n) { return reinterpret_cast<void*>(n); }
@@ -107,7 +108,8 @@ static void mix_launches() {
     if (!add_job(launch, job, targets.data())) break;
     EXPECT(launch.blocks == blocks + mix_blocks(job), "blocks add up");
   }
-  EXPECT(launch.used <= kMaxTargets && launch.count <= kMaxJobs && jobs > launch.count, "limits hold, empty jobs are free");
+  EXPECT(launch.used <= kMaxTargets && launch.count <= kMaxJobs && jobs > launch.count,
+         "limits hold, empty jobs are free");
   EXPECT(launch.layers_in == 24 && launch.layers_out == 48, "the kernel's instance fits every job");
   for (int64_t block = 0, j = 0; block < launch.blocks; ++block) {
     while (j + 1 < launch.count && launch.jobs[j + 1].first_block <= block) ++j;
@@ -153,7 +155,8 @@ static void backward_case(int64_t layers_in, int64_t layers_out, int64_t element
   EXPECT(plan.shared_bytes <= 48 * 1024, "shared memory %ld for %ld -> %ld", plan.shared_bytes, layers_in, layers_out);
   EXPECT(kThreads % plan.columns == 0 && plan.pitch >= plan.columns, "threads take whole columns");
   EXPECT(plan.blocks <= kPartials && plan.tiles * plan.columns >= elements, "tiles cover all elements");
-  EXPECT(plan.micro_tiles * plan.lanes <= kThreads && plan.lanes >= 1, "%ld pieces, %ld lanes", plan.micro_tiles, plan.lanes);
+  EXPECT(plan.micro_tiles * plan.lanes <= kThreads && plan.lanes >= 1, "%ld pieces, %ld lanes", plan.micro_tiles,
+         plan.lanes);
   EXPECT(plan.workspace == plan.blocks * layers_in * layers_out, "a slot per block");
   std::vector<int> dw(layers_in * layers_out, 0), tiles(plan.tiles, 0);
   const int64_t per_row = padded_layers(layers_in) / kMicro;

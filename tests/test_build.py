@@ -342,5 +342,12 @@ def test_library_loads_and_knows_its_build(built):
         "out = torch.empty(2, 3, 4)\n"
         "torch.ops.growkit.kron_mix_([out], [x], [torch.eye(2)], [x.new_empty(0)] * 2)\n"
         "assert out.equal(x)  # CPU tensors still go to the reference\n"
+        "cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)\n"
+        "try:  # what a CUDA tensor would meet\n"
+        "    torch.ops.growkit.kron_mix_.default.redispatch(cuda, [out], [x], [torch.eye(2)], [x.new_empty(0)] * 2)\n"
+        "    raise SystemExit('a kernel took CPU tensors')\n"
+        "except RuntimeError as error:\n"
+        "    missing = torch.version.cuda is None\n"
+        '    assert ("kron_mix_: torch\'s CUDA library was not found" in str(error)) == missing, error\n'
     )
     run(sys.executable, "-c", script, cwd=built[0].parents[1])

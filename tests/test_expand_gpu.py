@@ -135,7 +135,8 @@ def test_small_mix_backward(dtype, L1, L2):
         reference.kron_mix_backward_(*same, G, U, w)
         exact = torch.einsum("ab,aij->bij", w.double(), G.double()), torch.einsum("aij,bij->ab", G.double(), U.double())
         assert_close_to_float64(mixed, same[0], exact[0])
-        assert ((dw - exact[1]).abs().max() / exact[1].abs().max()).item() < 1e-6
+        # of so many products of variance 1; the sum in one run of additions would be far off this
+        assert (dw - exact[1]).abs().max().item() < 2e-6 * (rows * columns) ** 0.5
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16, torch.float32, torch.float64], ids=str)
@@ -195,7 +196,7 @@ def test_small_expansion_and_its_gradients(B_kind, A_kind, dtype, monkeypatch):
     inputs, options = case(B_kind, A_kind, (32, 96 if B_kind else 32), (24, 88 if A_kind else 24), 6, 12, dtype)
     exact_inputs = [None if x is None else double(x) for x in inputs]
     leaves = [
-        [x.requires_grad_() for x in xs if x is not None and x.is_floating_point()] for xs in (inputs, exact_inputs)
+        [x.requires_grad_() for x in xs if x is not None and x.is_floating_point()] for xs in (exact_inputs, inputs)
     ]
     exact, fast = ops.kron_expand(*exact_inputs, **options), ops.kron_expand(*inputs, **options)
     G = randn(*exact.shape)

@@ -1,4 +1,5 @@
-// Just enough of CUDA to run the kernels of csrc/ on the host, block after block, each thread a fiber that runs to its next
+// Just enough of CUDA to run the kernels of csrc/ on the host, block after block, each thread a fiber that runs to its
+// next
 // __syncthreads(). Threads may run in either order, so that a missing barrier shows as a result that depends on it.
 #pragma once
 
@@ -12,7 +13,6 @@
 #include <functional>
 #include <memory>
 #include <vector>
-
 
 #define __global__
 #define __device__
