@@ -88,6 +88,13 @@ void check_shape(const char* op, const char* name, const Tensor& tensor, std::in
   STD_TORCH_CHECK(false, op, ": ", name, " must have the shape [", wanted.str(), " ], got [", got.str(), " ]");
 }
 
+void check_depth(const char* op, const Tensor& w, int64_t layers_out, int64_t layers_in, const Tensor& like) {
+  check_place(op, "w", w, like);
+  check_shape(op, "w", w, {layers_out, layers_in});
+  STD_TORCH_CHECK(w.scalar_type() == ScalarType::Float && (w.numel() == 0 || layers_in == 1 || w.stride(1) == 1), op,
+                  ": w must be float32 with adjacent columns");
+}
+
 const float* vector_of(const char* name, const Tensor& scale, int64_t size, const Tensor& like) {
   constexpr const char* op = "kron_mix_";
   if (scale.numel() == 0) return nullptr;
@@ -110,7 +117,6 @@ void kron_mix_(std::vector<Tensor> out, std::vector<Tensor> X, std::vector<Tenso
     launcher.done();
     *launch = MixLaunch{};
   };
-  *launch = MixLaunch{};
   size_t next = 0;
   for (size_t j = 0; j < X.size(); ++j) {
     check_place(op, "X", X[j], X[0]);
@@ -126,10 +132,7 @@ void kron_mix_(std::vector<Tensor> out, std::vector<Tensor> X, std::vector<Tenso
     job.x_column = X[j].stride(2);
     job.x_type = check_type(op, "X", X[j]);
     if (w[j].numel() || w[j].dim() == 2) {
-      check_place(op, "w", w[j], X[0]);
-      check_shape(op, "w", w[j], {w[j].size(0), job.layers_in});
-      STD_TORCH_CHECK(w[j].scalar_type() == ScalarType::Float && (w[j].numel() == 0 || w[j].stride(1) == 1), op,
-                      ": w must be float32 with adjacent columns");
+      check_depth(op, w[j], w[j].size(0), job.layers_in, X[0]);
       // A sum over no layers has no w to point to; any address will do, as null stands for something else.
       job.w = job.layers_in ? static_cast<const float*>(w[j].const_data_ptr()) : reinterpret_cast<const float*>(16);
       job.w_row = w[j].stride(0);
@@ -193,10 +196,7 @@ void kron_mix_backward_(std::optional<Tensor> mixed, std::optional<Tensor> dw, T
   STD_TORCH_CHECK(G.dim() == 3, op, ": G must be [L2, rows, columns], got ", G.dim(), " dimensions");
   const int64_t layers_out = G.size(0), layers_in = w.dim() == 2 ? w.size(1) : 0, rows = G.size(1), columns = G.size(2);
   const Type type = check_type(op, "G", G);
-  check_place(op, "w", w, G);
-  check_shape(op, "w", w, {layers_out, layers_in});
-  STD_TORCH_CHECK(w.scalar_type() == ScalarType::Float && (w.numel() == 0 || w.stride(1) == 1), op,
-                  ": w must be float32 with adjacent columns");
+  check_depth(op, w, layers_out, layers_in, G);
   STD_TORCH_CHECK(layers_in <= kMixMaxLayersBackward && layers_out <= kMixMaxLayersBackward, op, ": at most ",
                   kMixMaxLayersBackward, " layers, got ", layers_in, " and ", layers_out);
   const Stack G_stack = stack_of("G", G, G), U_stack = stack_of("U", U, G);
