@@ -41,6 +41,12 @@ def _own(x, dtypes=_NARROW):
     return x.is_cuda and x.dtype in dtypes and _has_kernels(x.device)
 
 
+@functools.cache
+def _mixes_in_registers(L2, L1):
+    """Whether the mix kernel reads a stack of L1 layers once; where it does not, cuBLAS is left to mix."""
+    return _C is None or not _C.mix_plan(L1, L2, 1, 1, [1, 1, 1], [1, 1])["deep"]
+
+
 def _wide(x):
     """The dtype of sums, depth maps and scales."""
     return torch.promote_types(x.dtype, torch.float32)
@@ -75,7 +81,7 @@ def forward(W, B, A, w, B_kind, A_kind, order, keep=False, precision=None):
     """
     maps, precision = {"B": (B, B_kind), "A": (A, A_kind)}, _resolve(precision, W)
     X, last = W.contiguous(), None
-    if order[-1:] == "D" and _own(X):
+    if order[-1:] == "D" and _own(X) and _mixes_in_registers(*w.shape):
         shape = [len(w), *_grown(X, maps, order[:-1])[1:]]
         last = X.new_empty([len(X), *shape[1:]]) if keep and len(order) > 1 else None
         W_new, depth = X.new_empty(shape), w.to(_wide(w)).contiguous()
