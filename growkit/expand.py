@@ -112,6 +112,8 @@ def into(parts):
             job.clear()
 
     for out, W, B, A, w, B_kind, A_kind, order, scales, precision in parts:
+        if not out:
+            continue
         maps, precision = {"B": (B, B_kind), "A": (A, A_kind)}, _resolve(precision, W)
         if precision == "highest":
             precision = "unsplit"  # growing happens once: the memory of split operands costs more than their time gains

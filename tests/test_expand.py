@@ -318,7 +318,8 @@ def test_expansion_into_vectors_and_nothing():
     ops.kron_expand_into([dict(out=[y.unsqueeze(-1) for y in out], W=W, B=B, w=w, B_kind="identity_top")])
     torch.testing.assert_close(out, ops.kron_expand(W, B, w=w, **options).squeeze(-1))
     ops.kron_expand_into([])
-    ops.kron_expand_into(iter([dict(out=[], W=W, w=w[:0])]))
+    ops.kron_expand_into([dict(out=[], W=W, w=w[:0]), dict(out=list(torch.empty(3, 4, 1, dtype=W.dtype)), W=W)])
+    assert not ops.kron_expand(W[:0], w=w[:, :0]).any()  # a sum over no layers
 
 
 @pytest.mark.parametrize(("change", "message"), [
