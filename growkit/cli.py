@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 import growkit
-from growkit import kernels
+from growkit import expand, kernels
 
 # package, how to get it, what it is for
 OPTIONAL = (
@@ -120,6 +120,7 @@ def _bench(ids, **options):
 def _info():
     print(f"growkit {growkit.__version__}, python {platform.python_version()}, torch {torch.__version__}")
     print(f"devices: cpu ({torch.get_num_threads()} threads); {_cuda()}")
+    print(f"CUDA extension: {expand.extension}")
 
     print("\noptional packages")
     for package, get, use in OPTIONAL:
