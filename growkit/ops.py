@@ -25,8 +25,13 @@ def _define(schema, implementation, fake):
     torch.library.register_fake(f"growkit::{name}", fake, lib=_library)
 
 
+# Which module of growkit.kernels serves an op on CUDA.
+kernel_of: dict = {}
+
+
 def _with_kernel(module, oracle):
     """`oracle`, or for CUDA tensors the function of the same name in growkit.kernels.`module`, by the first tensor."""
+    kernel_of[oracle.__name__] = module
 
     @functools.wraps(oracle)
     def fastest(tensors, *args, **kwargs):
