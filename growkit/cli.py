@@ -4,7 +4,6 @@ import argparse
 import importlib.metadata
 import importlib.util
 import math
-import pkgutil
 import platform
 import sys
 from pathlib import Path
@@ -12,7 +11,7 @@ from pathlib import Path
 import torch
 
 import growkit
-from growkit import kernels
+from growkit import expand, kernels, ops
 
 # package, how to get it, what it is for
 OPTIONAL = (
@@ -120,6 +119,7 @@ def _bench(ids, **options):
 def _info():
     print(f"growkit {growkit.__version__}, python {platform.python_version()}, torch {torch.__version__}")
     print(f"devices: cpu ({torch.get_num_threads()} threads); {_cuda()}")
+    print(f"CUDA extension: {expand.extension}")
 
     print("\noptional packages")
     for package, get, use in OPTIONAL:
@@ -132,14 +132,17 @@ def _info():
     for op in sorted(name for name in torch._C._dispatch_get_all_op_names() if name.startswith("growkit::")):
         served = (f"{key.lower()}: {_serves(op, key)}" for key in KEYS)
         print(f"  {op.removeprefix('growkit::'):24} {', '.join(served)}")
-    if not list(pkgutil.iter_modules(kernels.__path__)):
-        print("  growkit.kernels is empty: no kernel has been written yet, so every device runs the reference.")
     return 0
 
 
 def _serves(op, key):
-    """Which implementation the dispatcher picks: one registered for the device, else the one for every device."""
-    return "kernel" if torch._C._dispatch_has_kernel_for_dispatch_key(op, key) else "reference"
+    if torch._C._dispatch_has_kernel_for_dispatch_key(op, key):
+        return "growkit._C"
+    name = op.removeprefix("growkit::").partition(".")[0]
+    module = ops.kernel_of.get(name) or ops.kernel_of.get(name.removesuffix("_"))  # in place, or not
+    if key != "CUDA" or module is None:
+        return "reference"
+    return f"growkit.kernels.{module}" if kernels.available else "reference (triton is missing)"
 
 
 def _cuda():
