@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from growkit import cli, ops, plan, reference
+from growkit import cli, expand, ops, plan
 from growkit.bench import expansion, instructions, measure, sophia, table
 
 ROOT = Path(__file__).parents[1]
@@ -199,8 +199,8 @@ def test_counted_flops_are_executed(kind):
 
     problem = expansion.Problem("gpt2-medium", kind, "cpu", tiny=True)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        for name, order in problem.orders.items():  # of the reference, for the op itself is opaque to the counter
-            reference.kron_expand(*problem.arguments(name), problem.kind, problem.kind, order)
+        for name, order in problem.orders.items():  # what the op runs, for the op itself is opaque to the counter
+            expand.forward(*problem.arguments(name), problem.kind, problem.kind, order, False, None)
     assert counter.get_total_flops() == problem.flops
 
 
@@ -229,8 +229,8 @@ def test_baselines_have_the_same_gradients(kind):
     for t in problem.operators:
         t.requires_grad_()
     found = []
-    for expand in (expansion.growkit_expand, expansion.official_style, expansion.best_order_bmm, expansion.per_layer):
-        large = expand(problem)
+    for way in (expansion.growkit_expand, expansion.official_style, expansion.best_order_bmm, expansion.per_layer):
+        large = way(problem)
         total = sum((layer * layer).sum() for layers in large.values() for layer in layers)
         found.append(torch.autograd.grad(total, problem.operators))
     for other in found[1:]:
@@ -380,12 +380,12 @@ def test_a_slowed_kernel_fails_and_nothing_passes_in_silence(tmp_path):
 
     slow = tmp_path / "slow.py"
     slow.write_text(
-        "from growkit import reference\n"
-        "expand = reference.kron_expand\n"
-        "def twice_and_again(*arguments):\n"
-        "    expand(*arguments), expand(*arguments)\n"
-        "    return expand(*arguments)\n"
-        "reference.kron_expand = twice_and_again\n"
+        "from growkit import expand\n"
+        "forward = expand.forward\n"
+        "def three_times(*arguments):\n"
+        "    forward(*arguments), forward(*arguments)\n"
+        "    return forward(*arguments)\n"
+        "expand.forward = three_times\n"
     )
     slowed = regression_run(storage, *select, "-p", "slow", PYTHONPATH=str(tmp_path))
     assert slowed.returncode != 0 and "Performance has regressed" in slowed.stdout + slowed.stderr
@@ -400,7 +400,6 @@ def test_a_slowed_kernel_fails_and_nothing_passes_in_silence(tmp_path):
     baseline.write_text(json.dumps(saved))
     other = regression_run(storage, *select)
     assert other.returncode != 0 and "this machine has" in other.stdout + other.stderr
-    assert reference.kron_expand.__module__ == "growkit.reference"
 
 
 # --- what waits for a GPU --------------------------------------------------------------------------------------------

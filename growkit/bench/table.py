@@ -235,7 +235,7 @@ _TABLE = (
         )
     ),
     ("L7.gpt2-medium", "grow(): peak beyond one module type's intermediate", "memory-gpt2-medium", "<=", 64, "MiB"),
-    ("L7.llama-7b", "expansion of llama-7b's gate: peak beyond its result", "memory-llama-7b", "<=", 2, "GiB"),
+    ("L7.llama-7b", "growing llama-7b's gate in place: peak beyond its result", "memory-llama-7b", "<=", 2, "GiB"),
     *(
         (f"C1.{malloc}{id}", f"CPU step, {what}{words}", f"cpu-step{workload}", relation, goal)
         for malloc, words, workload in (("", "", ""), ("pages-kept.", ", pages kept", "-pages-kept"))
