@@ -91,8 +91,7 @@ GROWTH = {
 class Growth(NamedTuple):
     """Counted for all blocks with [I; C] maps, one set for all layers. bytes: small read and large written, float32.
 
-    small, large: parameters. stack: elements of the large weights of the largest module type, all layers.
-    intermediate: elements of the input of its mix, widened but of the small number of layers.
+    small, large: parameters. stack: elements of the small weights of the largest module type, all layers.
     """
 
     flops: int
@@ -101,23 +100,21 @@ class Growth(NamedTuple):
     small: int
     large: int
     stack: int
-    intermediate: int
 
 
 def growth(small, large):
     def axis(old, new):
         return plan.Axis("identity" if old == new else "identity_top", old, new)
 
-    flops = backward = read = written = stack = intermediate = 0
+    flops = backward = read = written = stack = 0
     for (o1, i1), (o2, i2) in zip(small.matrices(), large.matrices(), strict=True):
         problem = small.layers, large.layers, axis(o1, o2), axis(i1, i2)
         cost = plan.cost(plan.best_order(*problem), *problem)
         flops, backward = flops + cost.flops, backward + cost.backward_flops
         read += small.layers * o1 * i1
         written += large.layers * o2 * i2
-        stack = max(stack, large.layers * o2 * i2)
-        intermediate = max(intermediate, small.layers * o2 * i2)
-    return Growth(flops, backward, 4 * (read + written), read, written, stack, intermediate)
+        stack = max(stack, small.layers * o1 * i1)
+    return Growth(flops, backward, 4 * (read + written), read, written, stack)
 
 
 def growth_floor(counted, rate):
@@ -132,12 +129,13 @@ def fit_floor(counted, steps, rate):
 
 
 def grow_memory(counted, nbytes=2):
-    """Bytes that `LiGO.grow` holds at once for the blocks: small model and its stacked copy, large model, and in
-    float32 the large stack of the largest module type with the intermediate it is mixed from.
+    """Bytes that `LiGO.grow` holds at once for the blocks, at most: small model and its stacked copy, large model, the
+    float32 stack of one module type if the copy is narrower, and intermediates, which go in panels.
 
     nbytes: of an element of both models.
     """
-    return 2 * nbytes * counted.small + nbytes * counted.large + 4 * (counted.stack + counted.intermediate)
+    panels = plan.PENDING_BYTES + 2 * plan.MEMORY_BYTES  # blocks that wait for the mix; an intermediate and the next
+    return 2 * nbytes * counted.small + nbytes * counted.large + (4 * counted.stack if nbytes < 4 else 0) + panels
 
 
 def state_table():
