@@ -54,11 +54,12 @@ class Lists:
     lists: {name: list of tensors}; a `TensorList` is checked again only when a tensor lies elsewhere than before.
     written: names of those the kernel writes. parameter, offset: what the random bits of each tensor are keyed by, for
     a kernel that draws any.
-    arguments: what every kernel takes first, (addresses, facts, chunks, T, C). dtypes: of each list, for the kernel.
+    arguments: what every kernel takes first, (addresses, facts, chunks, T, C). chunks: C. dtypes: of each list, as the
+    kernel names them.
 
     Elementwise kernels walk tensors in memory order where all lists agree in a dense layout. Where they do not, or
     where random bits belong to the row-major index and the layout is another, contiguous copies take the tensors'
-    place, and `finish` writes those of the lists in `written` back. Raises ValueError, which names the list, for
+    place, and `launch` writes those of the lists in `written` back. Raises ValueError, which names the list, for
     unequal lengths or numbers of elements and for more than one device or dtype per list.
     """
 
@@ -89,7 +90,18 @@ class Lists:
             if len(_tables) >= _KEPT:
                 del _tables[next(iter(_tables))]
             _tables[key] = table
-        self.arguments = table.addresses(addresses), table.facts, table.chunks, len(first), table.chunks.shape[1]
+        self.chunks = table.chunks.shape[1]
+        self.arguments = table.addresses(addresses), table.facts, table.chunks, len(first), self.chunks
+
+    def launch(self, kernel, *arguments, block, warps, programs=None):
+        """Run the kernel over all chunks, in at most so many programs, and write copies back."""
+        if self.chunks:
+            with torch.cuda.device_of(self.arguments[0]):
+                kernel[(min(self.chunks, programs or self.chunks),)](
+                    *self.arguments, *arguments, CHUNK, block, num_warps=warps, enable_fp_fusion=False
+                )
+        for t, copy in self._copies:
+            t.copy_(copy)
 
     def _dense(self, lists, written, numbered):
         result = [list(tensors) for tensors in lists.values()]
@@ -102,11 +114,6 @@ class Lists:
                     if name in written:
                         self._copies.append((t, own[i]))
         return result
-
-    def finish(self):
-        """Write the copies back into tensors that could not be walked."""
-        for t, copy in self._copies:
-            t.copy_(copy)
 
 
 def _is_dense(t):
@@ -179,6 +186,9 @@ class _Table:
         # One copy per stream: a step on another stream must not overwrite what a kernel of this one still reads.
         key = len(found), torch.cuda.current_stream(device).cuda_stream if cuda else 0
         if key not in self._sent:
+            if cuda:  # a table that goes must not be overwritten while any stream reads it
+                self.facts.record_stream(torch.cuda.current_stream(device))
+                self.chunks.record_stream(torch.cuda.current_stream(device))
             self._sent[key] = torch.empty(shape, dtype=torch.int64, device=device), [None] * len(found)
         there, sent = self._sent[key]
         for k, addresses in enumerate(found):

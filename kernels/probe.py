@@ -96,19 +96,7 @@ def rademacher_(u, *, seed, refresh, parameter, offset=()):
     if not u:
         return
     lists = multi_tensor.Lists("rademacher_", {"u": u}, written=("u",), parameter=parameter, offset=offset)
-    chunks = lists.arguments[-1]
-    if chunks:
-        _rademacher[(chunks,)](
-            *lists.arguments,
-            refresh,
-            *key(seed, 0),
-            *lists.dtypes,
-            multi_tensor.CHUNK,
-            BLOCK,
-            num_warps=WARPS,
-            enable_fp_fusion=False,
-        )
-    lists.finish()
+    lists.launch(_rademacher, refresh, *key(seed, 0), *lists.dtypes, block=BLOCK, warps=WARPS)
 
 
 def _variant(name, dtype, size):

@@ -43,6 +43,7 @@ class _Sophia(Optimizer):
         self._skipped = self._skipped_steps = 0
         self._kept = {}  # what _buckets keeps from call to call
         self._reported = None  # copies of both for the host, made at a refresh and read at the next one
+        self._all_clipped = False
         self._warned = set()
 
     def add_param_group(self, param_group):
@@ -480,22 +481,29 @@ class _Sophia(Optimizer):
         return {"seed": self.param_groups[0]["seed"], "refresh": int(self.param_groups[0]["refreshes"])}
 
     def _report(self):
-        """Warn of what the counts copied at the last refresh say: they have arrived by now, so nothing waits."""
+        """Warn of what counts copied to the host at an earlier refresh say, once they have arrived: nothing waits."""
         if self._reported is not None:
-            skipped, unclipped = self._reported
+            arrived, skipped, unclipped = self._reported
+            if not all(event.query() for event in arrived):
+                return
             if skipped > 0:
                 self._warn_once(
                     "skipped",
                     f"{type(self).__name__} skipped a curvature refresh that was not finite or had no labels; "
                     "stats()['skipped'] counts them",
                 )
-            if self.param_groups[0]["refreshes"] > 3 and unclipped and sum(unclipped) == 0:
+            all_clipped = self.param_groups[0]["refreshes"] > 3 and unclipped and sum(unclipped) == 0
+            if all_clipped and self._all_clipped:  # twice running, for a single step may have been skipped
                 self._warn_once(
                     "all clipped",
                     f"{type(self).__name__} clips every element, so h has no effect: raise rho, or check bs and the "
                     "loss that the refresh differentiates",
                 )
-        self._reported = _on_its_way(self._skipped), [_on_its_way(count) for count, _ in self._unclipped.values()]
+            self._all_clipped = all_clipped
+        counts = [self._skipped, *(count for count, _ in self._unclipped.values())]
+        skipped, *unclipped = map(_on_its_way, counts)
+        streams = {torch.cuda.current_stream(count.device) for count in counts if count.is_cuda}
+        self._reported = [stream.record_event() for stream in streams], skipped, unclipped
 
     def stats(self):
         """How the optimizer fares: {steps, refreshes, skipped, skipped_steps, unclipped}. May wait for the device.
@@ -562,7 +570,7 @@ def _real(t):
 
 
 def _on_its_way(count):
-    """A copy on the host of a 0-d tensor, for which nothing waits: it is there by the next refresh."""
+    """A copy on the host of a 0-d tensor, which arrives when its stream gets there."""
     if not count.is_cuda:
         return count.clone()
     return torch.empty_like(count, device="cpu", pin_memory=True).copy_(count, non_blocking=True)
