@@ -11,12 +11,12 @@ dry=
 [ "${1:-}" = --dry-run ] && { dry=yes; shift; }
 
 # name, expected minutes, limit in seconds, what
-parts='install|0.8|90|build and install, growkit info, versions, nvidia-smi
-tests|1.0|100|pytest tests -m gpu; pytest tests -k kernel
+parts='install|0.6|75|build and install, growkit info, versions, nvidia-smi
+tests|2.0|150|pytest tests -m gpu, then the tests of the kernels on the GPU
 sophia|1.3|110|ceilings, S1 to S11
-expansion|1.4|100|L1 to L7
-tune|0.8|55|grid of launch parameters of the update, 124M and 1.5B
-sanitizer|1.0|80|compute-sanitizer memcheck, racecheck, initcheck on small shapes'
+expansion|1.4|95|L1 to L7
+tune|0.7|45|grid of launch parameters of the update, 124M and 1.5B
+sanitizer|0.8|60|compute-sanitizer memcheck, racecheck, initcheck on small shapes'
 
 if [ -n "$dry" ]; then
     printf '%-10s %8s %8s  %s\n' part minutes 'at most' what
@@ -43,10 +43,10 @@ install() {
 tests() {
     "$python" -m pytest tests -q -m gpu
     local gpu=$?
-    "$python" -m pytest tests -q -k kernel
+    # What the compiler makes of the kernels needs no GPU.
+    "$python" -m pytest tests/test_kernel_*.py -q -m "not gpu" --ignore tests/test_kernel_ahead_of_time.py
     local kernels=$?
-    # 5: nothing selected
-    [[ $gpu == [05] && $kernels == [05] ]]
+    return $((gpu || kernels))
 }
 
 bench() { # file, ids
@@ -74,12 +74,12 @@ sanitizer() {
     command -v compute-sanitizer >/dev/null || { echo "compute-sanitizer is not installed: skipped"; return 0; }
     local bad=0 tool log
     for tool in memcheck racecheck initcheck; do
-        log=$(PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 60 compute-sanitizer --tool "$tool" --error-exitcode 9 \
+        log=$(PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 40 compute-sanitizer --tool "$tool" --error-exitcode 9 \
             "$python" -c "$small" 2>&1)
         case $?:$log in
             0:*) echo "$tool: no errors" ;;
             9:*"SUMMARY: "*) echo "$tool: ERRORS"; tail -n 40 <<<"$log"; bad=1 ;;
-            124:*) echo "$tool: cut short after 60 s, so not finished" ;;
+            124:*) echo "$tool: cut short after 40 s, so not finished" ;;
             *) echo "$tool: this machine refuses it, skipped:"; tail -n 5 <<<"$log" ;;
         esac
     done

@@ -13,17 +13,8 @@ from growkit import ops, plan
 from growkit.bench.measure import Case, Value, attempt, matmul_precision, paired, poisoned, temporaries, with_detail
 from growkit.bench.sophia import copy_pair
 from growkit.growth import LiGO
-
-
-class Size(NamedTuple):
-    """A small and a large model: layers, width and MLP width of each."""
-
-    L1: int
-    d1: int
-    f1: int
-    L2: int
-    d2: int
-    f2: int
+from growkit.pairs import PAIRS as SIZES
+from growkit.pairs import Pair
 
 
 class Module(NamedTuple):
@@ -49,12 +40,12 @@ _LLAMA = _ATTENTION | {
 }
 # name of the large model -> sizes, modules of a block
 PAIRS = {
-    "bert-base": (Size(6, 512, 2048, 12, 768, 3072), _GPT),
-    "gpt2-medium": (Size(12, 768, 3072, 24, 1024, 4096), _GPT),
-    "gpt2-xl": (Size(24, 1024, 4096, 48, 1600, 6400), _GPT),
-    "llama-7b": (Size(22, 2048, 5632, 32, 4096, 11008), _LLAMA),
+    "bert-base": (SIZES["bert-small-base"], _GPT),
+    "gpt2-medium": (SIZES["gpt2-base-medium"], _GPT),
+    "gpt2-xl": (SIZES["gpt2-medium-xl"], _GPT),
+    "llama-7b": (SIZES["llama-1b-7b"], _LLAMA),
 }
-TINY = Size(2, 8, 16, 4, 12, 24)
+TINY = Pair(2, 8, 16, 4, 12, 24, gated=False, tokens=0)
 KINDS = {"dense": "dense", "top": "identity_top"}
 # name -> dtype of all operands, torch's precision of float32 products, largest error against float64 (relative to the
 # largest element)
