@@ -384,7 +384,9 @@ def test_one_compiled_graph_serves_a_whole_schedule(options):
                 a.update_hessian(), b.update_hessian()
             for schedule in schedules:
                 schedule.step()
-    assert graphs.frame_count == 1
+    # With a cold cache the compiler may run a graph of its own through the same backend.
+    ours = [g for g in graphs.graphs if any("growkit" in str(node.target) for node in g.graph.nodes)]
+    assert len(ours) == 1
     for p, q in zip(eager, compiled, strict=True):
         torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
     assert a.stats()["steps"] == b.stats()["steps"] == 100

@@ -40,7 +40,8 @@ class _Sophia(Optimizer):
         self._refreshing = False
         self._since_refresh = 0
         self._unclipped = {}  # device -> (elements not clipped in the last counted step, a tensor; elements counted)
-        self._skipped = self._skipped_steps = 0
+        self._skipped = 0
+        self._skipped_steps = {}  # device -> count, a tensor; a dict, for torch 2.10 traces no assignment to attributes
         self._kept = {}  # what _buckets keeps from call to call
         self._reported = None  # copies of both for the host, made at a refresh and read at the next one
         self._all_clipped = False
@@ -300,7 +301,8 @@ class _Sophia(Optimizer):
         return loss
 
     def _check_capture(self):
-        self._accelerator_graph_capture_health_check()
+        name = "_accelerator_graph_capture_health_check"  # under torch 2.10 with another first word
+        getattr(self, name, getattr(self, "_cuda_graph_capture_health_check", None))()
         if self._attachment is not None and _capturing():
             raise RuntimeError(
                 f"{type(self).__name__} is attached to a model, and a CUDA graph cannot hold its refreshes: "
@@ -316,10 +318,8 @@ class _Sophia(Optimizer):
             self._unclipped.clear()
         for group, buckets in prepared:
             lr, rho_bs = group["lr"], group["rho"] * (group["bs"] if bs is None else bs)
-            if torch.compiler.is_compiling() and isinstance(
-                lr, torch.Tensor
-            ):  # the op's overload takes tensors for both
-                rho_bs = torch.as_tensor(rho_bs, dtype=torch.float64)
+            if isinstance(lr, torch.Tensor) and torch.compiler.is_compiling():
+                rho_bs = torch.as_tensor(rho_bs, dtype=torch.float64)  # the op takes two tensors or two numbers
             if buckets:
                 step = buckets[0]["step"]
                 # A skipped step counts only where asking would make the host wait for the device.
@@ -366,7 +366,7 @@ class _Sophia(Optimizer):
             scale = coefficient if scale is None else scale.to(home) * coefficient
             skip = ~norm.isfinite() if skip is None else (skip.to(home) != 0) | ~norm.isfinite()
         if skip is not None:
-            self._skipped_steps = self._skipped_steps + (skip != 0)
+            self._skipped_steps[skip.device] = self._skipped_steps.get(skip.device, 0) + (skip != 0)
         return scale, skip
 
     @torch._disable_dynamo
@@ -519,7 +519,7 @@ class _Sophia(Optimizer):
             "steps": int(group["steps"]),
             "refreshes": int(group["refreshes"]),
             "skipped": int(self._skipped),
-            "skipped_steps": int(self._skipped_steps),
+            "skipped_steps": sum(map(int, self._skipped_steps.values())),
             "unclipped": unclipped,
         }
 
