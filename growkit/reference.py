@@ -416,14 +416,15 @@ def sampled_nll(logits, mask=None, *, seed, refresh, row=0):
     return (lse - chosen)[mask].mean(), labels.masked_fill_(~mask, -100), lse
 
 
-def sampled_nll_backward(grad, logits, labels, lse):
+def sampled_nll_backward(grad, logits, labels, lse, *, out=None):
     """Gradient of `sampled_nll` with respect to the logits: grad * (softmax(z_n) - onehot(y_n)) / N, zero where masked.
 
-    Allocates the result, in the dtype of the logits, and one block of rows.
+    Allocates the result, in the dtype of the logits, unless it goes to `out` (which may be the logits themselves), and
+    one block of rows.
     """
     counts = labels != -100
     weight = grad / counts.sum()
-    result = torch.empty_like(logits)
+    result = torch.empty_like(logits) if out is None else out
     for rows in _row_blocks(logits):
         d = (logits[rows].to(lse.dtype) - lse[rows, None]).exp_()
         d.scatter_add_(1, labels[rows, None].clamp(min=0), d.new_full((len(d), 1), -1))

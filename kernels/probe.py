@@ -7,12 +7,14 @@ and every shard of a parameter, see the same ones.
 import triton
 import triton.language as tl
 
+from growkit import reference
 from growkit.kernels import multi_tensor
 from growkit.kernels.multi_tensor import address, aligned, chunk_of, fact
 from growkit.kernels.philox import key, philox
 
-# What bits are for, as in `growkit.reference`; a kernel takes the key of stream 0 and adds these to its second word.
-PROBE, ROUNDING, CURVATURE_ROUNDING = tl.constexpr(2), tl.constexpr(3), tl.constexpr(4)
+# A kernel takes the key of stream 0, and the second word xor one of these is that of the stream.
+PROBE, ROUNDING = tl.constexpr(reference.PROBE), tl.constexpr(reference.ROUNDING)
+CURVATURE_ROUNDING = tl.constexpr(reference.CURVATURE_ROUNDING)
 
 BLOCK = 2048
 WARPS = 8

@@ -10,7 +10,8 @@ import torch
 
 from growkit import reference
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
+tl = pytest.importorskip("triton.language")
 kernels = pytest.importorskip("growkit.kernels.sampled_nll")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -149,6 +150,47 @@ def test_labels_follow_the_softmax():
     assert not found[expected == 0].any()
     chi2 = ((found - expected) ** 2 / expected)[expected > 0].sum()
     assert chi2 < 4 + 5 * math.sqrt(8)  # 4 degrees of freedom: mean 4, variance 8
+
+
+@pytest.mark.parametrize("V", [7, TILE + 100, 2 * TILE + 1500])
+@pytest.mark.parametrize(("row", "u"), [(18150528, 0), (15899685, 1 - 2**-24)])
+def test_extreme_uniforms(row, u, V):
+    """The two rows of 2^24 or so that draw the first and the last possible number: ends of the range of labels."""
+    assert uniform(1, row, **KEY) == u
+    z = logits(1, V)
+    z[0, :2] = z[0, -2:] = -math.inf
+    z[0, 2] = z[0, -3] = -200  # of probability 0 in float32
+    label = kernels.sampled_nll(z, **KEY, row=row)[1]
+    check_labels(z, label, row=row)  # the uniform is within 1e-5 of the end, and so must the label's share be
+    assert z[0, label] > -200 and (label == 3 or u)
+
+
+@triton.jit
+def search_kernel(z, sums, target, results, V, choose: tl.constexpr, search: tl.constexpr):
+    chosen, left = choose(tl.load(sums + tl.arange(0, 16)), target)
+    tl.store(results, chosen)
+    tl.store(results + 1, search(z, 1, V, 0.0, target))
+
+
+def test_rounding_never_leads_to_an_impossible_label():
+    """A target that rounding left below 0 or above the sum of all ends at the first or last positive probability."""
+    V, inf = 700, math.inf
+    z = torch.full((V,), -inf, device=DEVICE)
+    z[[0, 40, 41, 300, 600]] = 0.0  # 0 lies before the searched range
+    sums = torch.zeros(16, device=DEVICE)
+    sums[[2, 3, 9]] = 1.0
+    for target, chosen, label in [
+        (-1e-9, 2, 40),
+        (0.0, 2, 40),
+        (1.0, 3, 41),
+        (2.5, 9, 300),
+        (3.5, 9, 600),
+        (99, 9, 600),
+    ]:
+        results = torch.empty(2, dtype=torch.int32, device=DEVICE)
+        arguments = z, sums, float(target), results, V, kernels._choose, kernels._search
+        search_kernel[(1,)](*arguments, num_warps=8, enable_fp_fusion=True)
+        assert results.tolist() == [chosen, label]
 
 
 def test_masked_vocabulary():

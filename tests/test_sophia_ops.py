@@ -454,6 +454,29 @@ def test_no_rows_give_nan_without_a_gradient():
 # --- contract ---
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_sampled_nll_may_write_its_gradient_over_the_logits(dtype):
+    x, mask = torch.randn(6, 8, dtype=dtype), torch.tensor([True, True, False, True, True, True])
+    gradients = []
+    for overwrite in (False, True):
+        w = torch.randn(8, 50, generator=torch.Generator().manual_seed(2)).to(dtype).requires_grad_()
+        logits = x @ w
+        seen = []
+        logits.register_hook(seen.append)
+        nll, labels, _ = ops.sampled_nll(logits, mask, **KEY, overwrite=overwrite)
+        nll.backward()
+        assert (seen[0].data_ptr() == logits.data_ptr()) == overwrite
+        gradients.append((w.grad, labels))
+    assert all(map(torch.equal, *gradients))
+
+
+def test_logits_that_another_node_needs_are_not_overwritten_unnoticed():
+    logits = torch.randn(4, 9, requires_grad=True).tanh()  # whose backward reads its result
+    nll, _, _ = ops.sampled_nll(logits, **KEY, overwrite=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        nll.backward()
+
+
 def lists(*shapes, dtype=torch.float32):
     return [[t for t in group] for group in zip(*(operands(s, dtype) for s in shapes), strict=True)]
 
@@ -484,6 +507,8 @@ CHECKS = {
     "rademacher": ("rademacher_", (P,), PROBE),
     "rademacher empty": ("rademacher_", ([],), {**KEY, "parameter": []}),
     "sampled nll": ("sampled_nll", (LOGITS,), KEY),
+    "sampled nll overwrite": ("sampled_nll", (LOGITS,), {**KEY, "overwrite": True}),
+    "squared norm": ("squared_norm", (G,), {}),
     "sampled nll mask": ("sampled_nll", (LOGITS.requires_grad_(), torch.tensor([True, False, True, True])), KEY),
 }
 

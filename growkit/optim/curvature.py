@@ -5,6 +5,7 @@ Estimators leave their result in `.grad`: the gradient of the sampled-label loss
 """
 
 import contextlib
+from collections import defaultdict
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -138,7 +139,9 @@ def _scored(model, z, args, kwargs, mask):
     if mask is None and z.dim() > 2 and getattr(model, "loss_type", "") in (None, "ForCausalLM"):
         if counts is None and kwargs.get("attention_mask") is not None:
             counts = kwargs["attention_mask"] != 0
-        z, counts = z[..., :-1, :], None if counts is None else counts[..., 1:]
+        # Masking the last position, not cutting it off, leaves the logits where they are.
+        counts = torch.ones(z.shape[:-1], dtype=torch.bool, device=z.device) if counts is None else counts.roll(-1, -1)
+        counts[..., -1] = False
     if counts is not None and counts.shape != z.shape[:-1]:
         raise ValueError(
             f"curvature refresh: the mask of labels has shape {tuple(counts.shape)}, expected {tuple(z.shape[:-1])}; "
@@ -155,7 +158,14 @@ def hutchinson(model, calls, key, params, *, loss=None):
     """
     indices, params = zip(*((i, p) for i, p in enumerate(params) if p.requires_grad), strict=True)
     u = [torch.empty_like(p) for p in params]
-    ops.rademacher_([torch.view_as_real(t) if t.is_complex() else t for t in u], parameter=indices, **key)
+    buckets = defaultdict(lambda: ([], []))
+    for i, t in zip(indices, u, strict=True):
+        for own, each in zip(
+            buckets[t.device, t.dtype], (i, torch.view_as_real(t) if t.is_complex() else t), strict=True
+        ):
+            own.append(each)
+    for parameter, tensors in buckets.values():
+        ops.rademacher_(tensors, parameter=parameter, **key)
     for args, kwargs in calls:
         with sdpa_kernel(SDPBackend.MATH), torch.compiler.set_stance("force_eager"):
             output = model(*args, **kwargs)

@@ -495,8 +495,7 @@ class _Sophia(Optimizer):
                     f"{type(self).__name__} clips every element, so h has no effect: raise rho, or check bs and the "
                     "loss that the refresh differentiates",
                 )
-        host = {"device": "cpu", "non_blocking": True}
-        self._reported = self._skipped.to(**host), [count.to(**host) for count, _ in self._unclipped.values()]
+        self._reported = _on_its_way(self._skipped), [_on_its_way(count) for count, _ in self._unclipped.values()]
 
     def stats(self):
         """How the optimizer fares: {steps, refreshes, skipped, skipped_steps, unclipped}. May wait for the device.
@@ -528,6 +527,13 @@ def _has_master(p, group):
 
 def _real(t):
     return torch.view_as_real(t) if t.is_complex() else t
+
+
+def _on_its_way(count):
+    """A copy on the host of a 0-d tensor, for which nothing waits: it is there by the next refresh."""
+    if not count.is_cuda:
+        return count.clone()
+    return torch.empty_like(count, device="cpu", pin_memory=True).copy_(count, non_blocking=True)
 
 
 def _capturing():
