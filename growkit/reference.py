@@ -240,28 +240,29 @@ def quantise_(codes, scale, x, bits=None):
     divide the patterns b between its smallest and its largest nonzero magnitude evenly:
 
         hi = max b(|x|),  lo = max(min over x != 0 of b(|x|), hi - 40 * 2^23),  step = max(1, ceil((hi - lo)/(L-1)))
-        code 0: 0;  code k = 1 .. L: the float with bit pattern min(lo + (k-1)*step, hi), and the sign of k
+        code 0: 0;  code k = 1 .. L: the float with bit pattern lo + (k-1)*step, and the sign of k
 
     codes: contiguous, uint8 for x >= 0 (L = 255, negative x becomes 0) or int8 (L = 127). scale: float32
-    [ceil(n/256), 2], the floats with bit patterns lo and hi: they and 0 are exact. Two neighbouring codes of a block
+    [ceil(n/256), 2], the floats with bit patterns lo and hi. 0 and lo are exact. Two neighbouring codes of a block
     that spans D decades differ by a factor of at most 1 + 3.4*D/(L-1): 1.3 % per decade for uint8, 2.7 % for int8.
     Magnitudes over 12 decades (2^40) below the block's largest go to 0 or lo.
     bits: int64 [n], 16 random bits each: x goes to one of its two neighbours, up with the probability that keeps the
     mean at x to within 2^-17 of their distance. Without bits it goes to the nearer one.
-    All of it is integers and single float32 operations, so that every device finds the same codes. NaN and infinity
-    stay, and everything 2^40 times smaller in their block is lost.
+    All of it is integers and single float32 operations, so that every device finds the same codes. What is not finite
+    stays so, and everything 2^40 times smaller in its block is lost.
     """
     unsigned = codes.dtype == torch.uint8
     levels = 255 if unsigned else 127
     x = _rows(x.clamp(min=0) if unsigned else x)
     magnitude = x.abs()
     b = magnitude.view(torch.int32)
-    hi = b.amax(1, keepdim=True)
+    hi = b.amax(1, keepdim=True).clamp_(max=0x7FC00000)  # a NaN; other patterns of it could overflow
     least = torch.where(b > 0, b, 0x7FFFFFFF).amin(1, keepdim=True)
     lo = torch.minimum(torch.maximum(least, hi - (CODE_SPAN << 23)), hi)
-    k = torch.where(b >= lo, (b - lo) // _code_step(lo, hi, levels) + 1, 0).clamp_(max=levels)
-    k = torch.where(b >= 0x7F800000, levels, torch.where(b > 0, k, 0))
-    below, above = _code_values(k, lo, hi, levels), _code_values((k + 1).clamp_(max=levels), lo, hi, levels)
+    step = _code_step(lo, hi, levels)
+    k = torch.where((b >= lo) & (b > 0), (b - lo) // step + 1, 0)
+    k = torch.where(b < 0x7F800000, k, levels)
+    below, above = _code_values(k, lo, step), _code_values(k + 1, lo, step)
     threshold = 32768 if bits is None else _rows(bits).float() + 0.5
     k += threshold * (above - below) < (magnitude - below) * 65536
     codes.view(-1).copy_(torch.where(x < 0, -k, k).view(-1)[: codes.numel()])
@@ -272,7 +273,7 @@ def dequantise(codes, scale):
     """The float32 values, of the shape of `codes`, that `quantise_` wrote."""
     lo, hi = scale.view(torch.int32).split(1, 1)
     k = _rows(codes.to(torch.int32))
-    x = _code_values(k.abs(), lo, hi, 255 if codes.dtype == torch.uint8 else 127)
+    x = _code_values(k.abs(), lo, _code_step(lo, hi, 255 if codes.dtype == torch.uint8 else 127))
     return torch.where(k < 0, -x, x).view(-1)[: codes.numel()].view(codes.shape)
 
 
@@ -286,9 +287,8 @@ def _code_step(lo, hi, levels):
     return ((hi - lo + levels - 2) // (levels - 1)).clamp_(min=1)
 
 
-def _code_values(k, lo, hi, levels):
-    pattern = lo + torch.minimum((k - 1) * _code_step(lo, hi, levels), hi - lo)
-    return torch.where(k > 0, pattern, 0).view(torch.float32)
+def _code_values(k, lo, step):
+    return torch.where(k > 0, lo + (k - 1) * step, 0).view(torch.float32)
 
 
 def sophia_step_8bit_(

@@ -11,15 +11,20 @@ again. Offsets are 64-bit throughout.
 """
 
 import array
+import functools
 import weakref
 
 import torch
 import triton
 import triton.language as tl
 
+from growkit import reference
+
 CHUNK = 4096
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+CODES = {torch.uint8: tl.uint8, torch.int8: tl.int8}
+ROW = reference.CODES_PER_SCALE
 
 
 @triton.jit
@@ -51,6 +56,7 @@ class Lists:
 
     arguments: what every kernel takes first, (addresses, facts, chunks, T, C). dtypes: of each list, for the kernel.
     parameter, offset: what the random bits of each tensor are keyed by, for a kernel that draws any.
+    codes: {name of a list of 8-bit codes: name of the list of their scales, two for each ROW elements of a tensor}.
 
     Elementwise kernels walk tensors in memory order where all lists agree in a dense layout. Where they do not, or
     where random bits belong to the row-major index and the layout is another, contiguous copies take the tensors'
@@ -58,18 +64,21 @@ class Lists:
     unequal lengths or numbers of elements and for more than one device or dtype per list.
     """
 
-    def __init__(self, op, written, lists, parameter=(), offset=()):
+    def __init__(self, op, written, lists, parameter=(), offset=(), codes=None):
+        codes = codes or {}
         first = next(iter(lists.values()))
         found = [_seen.get((op, name, id(tensors[0]), len(first))) for name, tensors in lists.items()]
         for i, (name, tensors) in enumerate(lists.items()):
             if found[i] is None or not found[i].are(tensors):
                 found[i] = _keep(_seen, (op, name, id(tensors[0]), len(first)), _Checked(op, name, tensors, first))
-            if found[i].numel != found[0].numel:
-                k = next(
-                    k for k, pair in enumerate(zip(found[i].numel, found[0].numel, strict=True)) if len(set(pair)) > 1
-                )
-                raise ValueError(f"{op}: {name}[{k}] has {found[i].numel[k]} elements, expected {found[0].numel[k]}")
-        self.dtypes = [DTYPES[each.dtype] for each in found]
+            allowed = CODES if name in codes else DTYPES
+            if found[i].dtype not in allowed:
+                raise TypeError(f"{op}: {name} is {found[i].dtype}, expected one of {', '.join(map(str, allowed))}")
+            expected = _scales(found[0].numel) if name in codes.values() else found[0].numel
+            if found[i].numel != expected:
+                k = next(k for k, pair in enumerate(zip(found[i].numel, expected, strict=True)) if len(set(pair)) > 1)
+                raise ValueError(f"{op}: {name}[{k}] has {found[i].numel[k]} elements, expected {expected[k]}")
+        self.dtypes = [(DTYPES | CODES)[each.dtype] for each in found]
         self._copies, tensors = [], list(lists.values())
         if not all(each.contiguous for each in found):
             tensors = self._dense(lists, written, numbered=bool(parameter))
@@ -116,6 +125,11 @@ _tables: dict = {}
 _captured: list = []
 
 
+@functools.lru_cache(_KEPT)
+def _scales(numel):
+    return tuple(2 * -(-n // ROW) for n in numel)
+
+
 def _keep(cache, key, value):
     if len(cache) >= _KEPT:
         del cache[next(iter(cache))]
@@ -136,8 +150,6 @@ class _Checked:
                     f"{op}: {name}[{i}] is {t.dtype} on {t.device}, expected {self.dtype} on {self.device} "
                     "as the first: one call per dtype and device"
                 )
-        if self.dtype not in DTYPES:
-            raise TypeError(f"{op}: {name} is {self.dtype}, expected one of {', '.join(map(str, DTYPES))}")
         self.numel = tuple(map(torch.Tensor.numel, tensors))
         self.contiguous = all(map(torch.Tensor.is_contiguous, tensors))
         self._references = list(map(weakref.ref, tensors))
