@@ -336,9 +336,7 @@ def sophia_step_8bit_(
         for first, (m_b, m_s, h_b, h_s, g_b, *w) in _coded_blocks(m[i], m_scale[i], h[i], h_scale[i], g_i, *flat):
             at = first + (offset[i] if offset else 0)
             m_w, h_w = dequantise(m_b, m_s), dequantise(h_b, h_s)
-            sophia_step_(
-                w[:1], [g_b], [m_w], [h_w], w[1:], unclipped, **options, parameter=[parameter[i]], offset=[at]
-            )
+            sophia_step_(w[:1], [g_b], [m_w], [h_w], w[1:], unclipped, **options, parameter=[parameter[i]], offset=[at])
             key = {"seed": seed, "stream": MOMENTUM_ROUNDING, "parameter": parameter[i], "time": int(step)}
             quantise_(m_b, m_s, m_w, random_bits(16, at, m_w.numel(), device=m_w.device, **key))
         for t, f in zip(wide, flat, strict=True):
@@ -357,9 +355,9 @@ def gnb_ema_8bit_(h, h_scale, g, scale=None, skip=None, *, beta2, seed, refresh,
 
 
 def hutchinson_ema_8bit_(h, h_scale, hu, u=None, scale=None, skip=None, *, beta2, seed, refresh, parameter, offset=()):
-    """`hutchinson_ema_` with h in the 8-bit codes of `quantise_`, int8 because it has both signs; else as `gnb_ema_8bit_`.
+    """`hutchinson_ema_` with h in the 8-bit codes of `quantise_`; everything else as in `gnb_ema_8bit_`.
 
-    A negative h is kept, not cut off at 0: the average of u*(Hu) is unbiased only over both signs.
+    h: int8. A negative h is kept, not cut off at 0: the average of u*(Hu) is unbiased only over both signs.
     """
     lists = [hu] if u is None else [hu, u]
     _fold_8bit(hutchinson_ema_, h, h_scale, lists, scale, skip, beta2, seed, refresh, parameter, offset)

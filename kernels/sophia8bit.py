@@ -28,6 +28,8 @@ from growkit.kernels.sophia import clipped_update, host_or_device, is_set, there
 
 # Blocks that a program handles at a time; as many warps, so that each has one.
 ROWS = 8
+# Where accesses are masked, one: that path computes random bits per element, and eight of them are too many registers.
+MASKED_ROWS = tl.constexpr(1)
 
 ROW = tl.constexpr(multi_tensor.ROW)
 SPAN = tl.constexpr(reference.CODE_SPAN << 23)  # of bit patterns
@@ -167,11 +169,11 @@ def _sophia_step_8bit(
         p, g = p_at.to(tl.pointer_type(P)) + start, g_at.to(tl.pointer_type(G)) + start
         m, h = m_at.to(tl.pointer_type(tl.int8)) + start, h_at.to(tl.pointer_type(H)) + start
         w = w_at.to(tl.pointer_type(W)) + start
-        for i in range(0, tl.minimum(left, CHUNK).to(tl.int32), ROWS * ROW):
+        for i in range(0, tl.minimum(left, CHUNK).to(tl.int32), MASKED_ROWS * ROW):
             clear = _update(
                 p + i, g + i, m + i, h + i, w + i, m_scale + i // ROW * 2, h_scale + i // ROW * 2, left - i, lr, decay,
                 beta1, gain, rho_bs, eps, s, e0 + i, parameter, time, k0, k1,
-                MAX, scale is not None, STOCHASTIC, MASTER is not None, LEVELS, False, ROWS,
+                MAX, scale is not None, STOCHASTIC, MASTER is not None, LEVELS, False, MASKED_ROWS,
             )  # fmt: skip
             if unclipped is not None:
                 below += tl.sum(clear.to(tl.int32))
@@ -291,10 +293,10 @@ def _refresh_8bit(
     else:
         h, x = h_at.to(tl.pointer_type(H)) + start, x_at.to(tl.pointer_type(X)) + start
         u = u_at.to(tl.pointer_type(UX)) + start
-        for i in range(0, tl.minimum(left, CHUNK).to(tl.int32), ROWS * ROW):
+        for i in range(0, tl.minimum(left, CHUNK).to(tl.int32), MASKED_ROWS * ROW):
             _fold(
                 h + i, h_scale + i // ROW * 2, x + i, u + i, left - i, beta2, gain, e0 + i, parameter, time, k0, k1,
-                KIND, LEVELS, False, ROWS,
+                KIND, LEVELS, False, MASKED_ROWS,
             )  # fmt: skip
 
 
@@ -334,7 +336,7 @@ def _launch(kernel, lists, *arguments):
 _TABLE = {"addresses": "*i64", "facts": "*i64", "chunks": "*i32", "tensors": "i32", "count": "i32"}
 _RANDOM = {"time": "u32", "k0": "u32", "k1": "u32"}
 _NUMBERS = ("lr", "decay", "weight_decay", "beta1", "gain", "rho_bs", "eps")
-_SCALARS = {"lr_at": "*fp32", "rho_bs_at": "*fp32", "scale": "*fp32", "skip": "*fp32", "unclipped": "*i64", "step": "*fp32"}
+_SCALARS = {**dict.fromkeys(("lr_at", "rho_bs_at", "scale", "skip", "step"), "*fp32"), "unclipped": "*i64"}
 
 
 def _variant(kernel, name, types, constants, registers, reads, writes, narrow):
@@ -363,7 +365,7 @@ def _step_variant(name, P, H, MASTER, registers, maximum=False, stochastic=False
     types = dict.fromkeys(_NUMBERS, "fp32") | given
     size, master = P.primitive_bitwidth // 8, 4 if MASTER else 0
     reads, writes = (master or size) + size + 2 + 2, size + master + 1 + 1
-    return _variant(_sophia_step_8bit, name, types, constants, registers, reads, writes, (6, 3))
+    return _variant(_sophia_step_8bit, name, types, constants, registers, reads, writes, (6, 2))
 
 
 def _refresh_variant(kind, H, X, U, registers):
@@ -371,18 +373,18 @@ def _refresh_variant(kind, H, X, U, registers):
     types = {"beta2": "fp32", "gain": "fp32"}
     reads = (X.primitive_bitwidth + (U.primitive_bitwidth if U else 0)) // 8 + 2
     name = f"{kind}, {X.name}"
-    return _variant(_refresh_8bit, name, types, constants, registers, reads, 2, (3, 3))
+    return _variant(_refresh_8bit, name, types, constants, registers, reads, 2, (3, 2))
 
 
 _F, _B, _U, _S = tl.float32, tl.bfloat16, tl.uint8, tl.int8
 VARIANTS = [
-    _step_variant("float32", _F, _U, None, 64),
-    _step_variant("float32, max", _F, _S, None, 64, maximum=True),
-    _step_variant("float32, device scalars", _F, _U, None, 64, **_SCALARS),
-    _step_variant("bfloat16, stochastic", _B, _U, None, 64, stochastic=True),
-    _step_variant("bfloat16, master", _B, _U, _F, 64),
-    _refresh_variant("gnb", _U, _F, None, 64),
-    _refresh_variant("gnb", _U, _B, None, 64),
-    _refresh_variant("given", _S, _F, _F, 64),
-    _refresh_variant("drawn", _S, _F, None, 64),
+    _step_variant("float32", _F, _U, None, 96),
+    _step_variant("float32, max", _F, _S, None, 96, maximum=True),
+    _step_variant("float32, device scalars", _F, _U, None, 112, **_SCALARS),
+    _step_variant("bfloat16, stochastic", _B, _U, None, 120, stochastic=True),
+    _step_variant("bfloat16, master", _B, _U, _F, 112),
+    _refresh_variant("gnb", _U, _F, None, 72),
+    _refresh_variant("gnb", _U, _B, None, 72),
+    _refresh_variant("given", _S, _F, _F, 72),
+    _refresh_variant("drawn", _S, _F, None, 96),
 ]
