@@ -5,9 +5,11 @@ whose bits it draws. A program takes a chunk of one tensor, 8 blocks of 256 elem
 thread holds 8 neighbouring elements, which are 16 or 32 bytes of p and g (accesses of 128 bits) and 8 bytes of codes
 (one access of 64 bits, 256 neighbouring bytes per warp). Largest and smallest magnitude of a block are found by
 shuffles within its warp. A wider access to the codes would spread a block over half a warp and the accesses to p and g
-over every second or fourth 16 bytes. Deterministic.
+over every second or fourth 16 bytes. Codes take 50 to 100 instructions per element (`growkit.kernels.report`), several
+times as many as float32 state: whether memory or instructions bound these kernels has not been measured. Deterministic.
 """
 
+import torch
 import triton
 import triton.language as tl
 
@@ -210,7 +212,7 @@ def sophia_step_8bit_(
     if not p:
         return
     lists = {"p": p, "g": g, "m": m, "h": h, "m_scale": m_scale, "h_scale": h_scale}
-    lists |= {"master": master} if master else {}
+    lists |= {"master": master} if master and p[0].dtype != torch.float32 else {}
     lists = multi_tensor.Lists(
         "sophia_step_8bit_", ("p", "master", "m", "m_scale"), lists, parameter, offset, {"m": "m_scale", "h": "h_scale"}
     )
@@ -237,7 +239,7 @@ def sophia_step_8bit_(
         P,
         G,
         H,
-        master_dtype[0] if master else None,
+        master_dtype[0] if master_dtype else None,
         denominator == "max",
         stochastic and not master and P == tl.bfloat16,
     )
