@@ -2,7 +2,7 @@
 #   ARGS='...'           passed on: make test ARGS='-k sophia', make demo ARGS='--steps-scale 0.05'
 #   PYTHON=python3.12    the Python that .venv is made with; naming another one than before makes .venv anew
 
-.PHONY: help demo test lint clean
+.PHONY: help bench demo test lint wheel clean
 
 # Named after the Python, so that another PYTHON is another stamp. PYTHON not given: any finished .venv will do.
 ifeq ($(origin PYTHON),undefined)
@@ -15,7 +15,9 @@ PYTHON ?= python3
 help:
 	@echo "make demo   train a small model, grow it, train on; CPU only, no download"
 	@echo "make test   run the CPU test-suite"
+	@echo "make bench  measure the goals and compare with the saved run of the same hardware; minutes"
 	@echo "make lint   ruff: rules and format"
+	@echo "make wheel  build the pure wheel and, where nvcc is, the CUDA wheel, into dist/, and try each"
 	@echo "make clean  remove .venv and what builds and tests leave behind"
 
 demo: $(INSTALLED)
@@ -25,9 +27,18 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	.venv/bin/pytest $(or $(ARGS),--cov)
 
+# One thread, so that CPU times mean the same on every machine. The run is saved; a slower one than the saved fails.
+bench: $(INSTALLED)
+	OMP_NUM_THREADS=1 .venv/bin/pytest benchmarks -q --benchmark-enable --benchmark-quiet \
+		--benchmark-compare-fail=median:10% $(ARGS)
+
 lint: $(INSTALLED)
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
+
+wheel: $(INSTALLED)
+	.venv/bin/pip install --quiet --no-build-isolation -e '.[wheel]'
+	packaging/wheels.sh .venv/bin/python
 
 # Another Python's stamp: that .venv goes. torch comes first and alone, so that nothing after it picks another torch.
 $(INSTALLED): pyproject.toml setup.py Makefile

@@ -1,11 +1,137 @@
-"""The only build logic: the version, written once in growkit/__init__.py. GROWKIT_LOCAL_VERSION=x makes it `+x`."""
+"""The only build logic: the version, whether there is a CUDA extension, and how it is compiled.
 
+The extension uses only torch's stable ABI, so nvcc is driven here directly, which works beside any torch, one without
+CUDA included; torch's own build helper refuses that. Read from the environment:
+GROWKIT_LOCAL_VERSION=x        the version ends in +x
+GROWKIT_SKIP_CUDA_BUILD=1      never build the extension
+GROWKIT_FORCE_CUDA=1           build it beside any torch, and fail where it cannot be built
+CUDA_HOME                      the toolkit; else the folder of nvcc on PATH, else /usr/local/cuda
+TORCH_CUDA_ARCH_LIST, MAX_JOBS, NVCC_APPEND_FLAGS    as everywhere
+"""
+
+import importlib.util
 import os
 import re
+import shutil
+import subprocess
+import sys
+import sysconfig
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ARCHS = "8.0;9.0;10.0;12.0+PTX"
+TORCH_TARGET = "0x020a000000000000"  # the oldest torch that the built extension runs with: 2.10
+SOURCES = ["csrc/bindings.cpp", "csrc/expand.cu", "csrc/mix.cu", "csrc/gather.cu", "csrc/split.cu"]
+
+
+def toolkit():
+    """Folder of the CUDA toolkit, or None. A script named nvcc says nothing of where its toolkit is: ask it."""
+    named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    nvcc = Path(named, "bin/nvcc") if named else shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
+    if not Path(nvcc).is_file():
+        return None
+    dry = subprocess.run([nvcc, "--dryrun", "-c", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
+    top = re.search(r"^#\$ TOP=(.+)$", dry, re.MULTILINE)
+    return Path(top[1].strip()).resolve() if top else Path(nvcc).resolve().parents[1]
+
+
+def refusal():
+    """Why there will be no extension, or None."""
+    if os.environ.get("GROWKIT_SKIP_CUDA_BUILD") == "1":
+        return "GROWKIT_SKIP_CUDA_BUILD=1"
+    for module in ("torch", "pybind11"):
+        if not importlib.util.find_spec(module):
+            return f"{module} is not installed here (an isolated build does not see it: --no-build-isolation)"
+    if not shutil.which("ninja"):
+        return "ninja is not on PATH"
+    if not toolkit():
+        return "no nvcc in CUDA_HOME, on PATH or in /usr/local/cuda"
+    if os.environ.get("GROWKIT_FORCE_CUDA") == "1":
+        return None
+    import torch
+
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} has no CUDA; GROWKIT_FORCE_CUDA=1 builds the extension all the same"
+    nvcc = subprocess.run([toolkit() / "bin/nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+    release = re.search(r"release (\d+)", nvcc)[1]
+    if release != torch.version.cuda.split(".")[0]:
+        return f"nvcc is of CUDA {release}, torch {torch.__version__} of CUDA {torch.version.cuda}"
+    return None
+
+
+def code_flags(archs):
+    """nvcc's flags for a list such as "8.0;9.0+PTX"; an empty list is refused."""
+    flags = []
+    for arch in archs.replace(" ", ";").split(";"):
+        if not arch:
+            continue
+        number = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", arch)
+        if not number:
+            raise SystemExit(f"TORCH_CUDA_ARCH_LIST: got {arch!r}, expected numbers such as 9.0 or 12.0+PTX")
+        code = number[1] + number[2] + number[3]
+        flags.append(f"-gencode=arch=compute_{code},code=sm_{code}")
+        if number[4]:
+            flags.append(f"-gencode=arch=compute_{code},code=compute_{code}")
+    if not flags:
+        raise SystemExit(f"TORCH_CUDA_ARCH_LIST: got {archs!r}, expected at least one number such as 9.0")
+    return " ".join(flags)
+
+
+class NinjaBuild(build_ext):
+    """Compiles and links through ninja, which also sees what is up to date."""
+
+    def build_extension(self, ext):
+        import pybind11
+        import torch
+
+        root, cuda, torch_home = Path.cwd(), toolkit(), Path(torch.__file__).parent
+        target = (root / self.get_ext_fullpath(ext.name)).resolve()
+        work = (root / self.build_temp).resolve()
+        for folder in (target.parent, work):
+            folder.mkdir(parents=True, exist_ok=True)
+        library = next(path for path in (cuda / "lib64", cuda / "lib") if (path / "libcudart_static.a").exists())
+        includes = f"-isystem {torch_home}/include -isystem {cuda}/include"
+        python = f"-isystem {pybind11.get_include()} -isystem {sysconfig.get_paths()['include']}"
+        codes = code_flags(os.environ.get("TORCH_CUDA_ARCH_LIST") or ARCHS)
+        host = "-fPIC -fvisibility=hidden -g0 -Wall"
+        # --no-as-needed -ltorch: nothing here refers to libtorch.so, but with it libtorch_cuda.so comes along where
+        # there is one, and the weak stream function of expand.cu is found.
+        rules = f"""
+rule cpp
+  command = g++ -std=c++17 -O2 {host} {python} -MD -MF $out.d -c $in -o $out
+  depfile = $out.d
+  deps = gcc
+rule cuda
+  command = {cuda}/bin/nvcc -std=c++17 -O3 {codes} -DTORCH_TARGET_VERSION={TORCH_TARGET} {includes} $
+    -Xcompiler '{host}' -MD -MF $out.d -c $in -o $out
+  depfile = $out.d
+  deps = gcc
+rule link
+  command = g++ -shared $in -o $out -L{torch_home}/lib -Wl,--no-as-needed -ltorch -Wl,--as-needed -ltorch_cpu -lc10 $
+    {library}/libcudart_static.a -Wl,--exclude-libs,ALL -ldl -lrt -lpthread
+"""
+        objects = []
+        for source in ext.sources:
+            objects.append(work / f"{Path(source).name}.o")
+            rules += f"build {objects[-1]}: {'cuda' if source.endswith('.cu') else 'cpp'} {source}\n"
+        rules += f"build {target}: link {' '.join(map(str, objects))}\n"
+        (work / "build.ninja").write_text(f"builddir = {work}\n{rules}")
+        jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
+        # From here, so that no path of this machine ends up in the library's messages.
+        subprocess.run(["ninja", "-f", str(work / "build.ninja"), *jobs], check=True, stdout=sys.stderr)
+
 
 version = re.search(r'^__version__ = "([^"]+)"', Path("growkit/__init__.py").read_text(), re.MULTILINE)[1]
 local = os.environ.get("GROWKIT_LOCAL_VERSION")
-setup(version=f"{version}+{local}" if local else version)
+reason = refusal()
+if reason and os.environ.get("GROWKIT_FORCE_CUDA") == "1":
+    raise SystemExit(f"GROWKIT_FORCE_CUDA=1, but: {reason}")
+if reason:
+    print(f"growkit: no CUDA extension: {reason}", file=sys.stderr)
+setup(
+    version=f"{version}+{local}" if local else version,
+    ext_modules=[] if reason else [Extension("growkit._C", SOURCES)],
+    cmdclass={"build_ext": NinjaBuild},
+)

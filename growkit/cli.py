@@ -1,10 +1,9 @@
-"""The `growkit` command: `growkit demo` and `growkit info`."""
+"""The `growkit` command: `growkit demo`, `growkit bench` and `growkit info`."""
 
 import argparse
 import importlib.metadata
 import importlib.util
 import math
-import pkgutil
 import platform
 import sys
 from pathlib import Path
@@ -12,7 +11,7 @@ from pathlib import Path
 import torch
 
 import growkit
-from growkit import kernels
+from growkit import expand, kernels, ops
 
 # package, how to get it, what it is for
 OPTIONAL = (
@@ -45,6 +44,14 @@ def main(arguments=None):
     demo.add_argument("--full", action="store_true", help="then sweep the settings of SophiaG and AdamW")
     demo.set_defaults(run=_demo)
 
+    bench = commands.add_parser(
+        "bench", help="measure growkit's goals on this machine, each beside what it is compared with"
+    )
+    bench.add_argument("ids", nargs="*", metavar="ID", help="S, L, C, S4, C1.official, ... (default: all)")
+    bench.add_argument("--device", type=_device, default="auto", help="auto, cpu or cuda (default: %(default)s)")
+    bench.add_argument("--json", type=_file, metavar="FILE", help="write the table there too, after every row")
+    bench.set_defaults(run=_bench)
+
     info = commands.add_parser("info", help="what is installed here, and which implementation each operator uses")
     info.set_defaults(run=_info)
 
@@ -61,6 +68,12 @@ def _path(text):
 def _folder(text):
     if Path(text).exists() and not Path(text).is_dir():
         raise argparse.ArgumentTypeError(f"{text!r} is a file; expected a folder, or a name for a new one")
+    return Path(text)
+
+
+def _file(text):
+    if Path(text).is_dir() or not Path(text).absolute().parent.is_dir():
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a name for a file in a folder that exists")
     return Path(text)
 
 
@@ -92,9 +105,21 @@ def _demo(**options):
     return run(**options)
 
 
+def _bench(ids, **options):
+    from growkit.bench import table  # here, because it imports more than the other commands need
+
+    try:
+        table.select(ids)
+    except ValueError as error:
+        print(f"growkit bench: ID: {error}", file=sys.stderr)
+        return 2
+    return table.run(ids, **options)
+
+
 def _info():
     print(f"growkit {growkit.__version__}, python {platform.python_version()}, torch {torch.__version__}")
     print(f"devices: cpu ({torch.get_num_threads()} threads); {_cuda()}")
+    print(f"CUDA extension: {expand.extension}")
 
     print("\noptional packages")
     for package, get, use in OPTIONAL:
@@ -107,14 +132,17 @@ def _info():
     for op in sorted(name for name in torch._C._dispatch_get_all_op_names() if name.startswith("growkit::")):
         served = (f"{key.lower()}: {_serves(op, key)}" for key in KEYS)
         print(f"  {op.removeprefix('growkit::'):24} {', '.join(served)}")
-    if not list(pkgutil.iter_modules(kernels.__path__)):
-        print("  growkit.kernels is empty: no kernel has been written yet, so every device runs the reference.")
     return 0
 
 
 def _serves(op, key):
-    """Which implementation the dispatcher picks: one registered for the device, else the one for every device."""
-    return "kernel" if torch._C._dispatch_has_kernel_for_dispatch_key(op, key) else "reference"
+    if torch._C._dispatch_has_kernel_for_dispatch_key(op, key):
+        return "growkit._C"
+    name = op.removeprefix("growkit::").partition(".")[0]
+    module = ops.kernel_of.get(name) or ops.kernel_of.get(name.removesuffix("_"))  # in place, or not
+    if key != "CUDA" or module is None:
+        return "reference"
+    return f"growkit.kernels.{module}" if kernels.available else "reference (triton is missing)"
 
 
 def _cuda():

@@ -71,3 +71,46 @@ def cost(order, L1, L2, B, A):
 def best_order(L1, L2, B, A):
     """The legal order of least flops; least traffic breaks ties."""
     return min(legal_orders(L1, L2, B, A), key=lambda order: (*cost(order, L1, L2, B, A)[:2], order))
+
+
+# An intermediate is made and used in panels of at most PANEL_BYTES, so that it stays in the cache that it was written
+# to (a third of the 60 MB of an H200), unless they would get narrower than PANEL_WIDTH, where products lose more than
+# the cache gains; then it is MEMORY_BYTES that bounds them. Chosen by arithmetic, not tuned on a GPU.
+PANEL_BYTES, PANEL_WIDTH, MEMORY_BYTES = 20 << 20, 256, 256 << 20
+# Growth into tensors that exist gathers blocks of this size in all before it mixes them in one launch.
+PENDING_BYTES = 64 << 20
+
+
+def panels(size, bytes_each):
+    """Cut `size` rows or columns, each of `bytes_each` in the intermediate, into ranges (start, stop) of even width."""
+    if size < 1:
+        return []
+    width = PANEL_BYTES // max(bytes_each, 1)
+    if width < PANEL_WIDTH:
+        width = max(1, MEMORY_BYTES // max(bytes_each, 1))
+    tile = 64 if width >= 64 else 1  # whole tiles for the products
+    count = -(-size // (width // tile * tile))
+    width = -(-size // (count * tile)) * tile
+    return [(start, min(start + width, size)) for start in range(0, size, width)]
+
+
+# A product is cut into tiles of 128 x 128 results, one for each of an H200's 132 multiprocessors at a time.
+TILE, MULTIPROCESSORS = 128, 132
+
+
+def stack_pays(m, n):
+    """Whether a product of m x n results leaves multiprocessors idle, so that one with more rows would fill them."""
+    return -(-m // TILE) * -(-n // TILE) < MULTIPROCESSORS
+
+
+# Rates of one H200 in FLOP/s and bytes/s: assumed, not measured.
+FLOAT32_RATE, TF32_RATE, BANDWIDTH = 50e12, 330e12, 4.3e12
+
+
+def split_pays(m, n, k, split_elements):
+    """Whether three TF32 products on split operands beat one in float32; split_elements: of the operands to be split.
+
+    m, n, k: of the product, batches multiplied into m. The split reads 4 bytes per element and writes 12.
+    """
+    flops = 2 * m * n * k
+    return 3 * flops / TF32_RATE + 16 * split_elements / BANDWIDTH < flops / FLOAT32_RATE

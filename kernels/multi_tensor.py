@@ -12,13 +12,13 @@ again. Offsets are 64-bit throughout.
 
 import array
 import functools
-import weakref
+from operator import attrgetter
 
 import torch
 import triton
 import triton.language as tl
 
-from growkit import reference
+from growkit import kernels, reference
 
 CHUNK = 4096
 
@@ -54,40 +54,63 @@ def aligned(where, dtype: tl.constexpr):
 class Lists:
     """Equally long lists of tensors, equal in shape within each position, made ready for one launch.
 
-    arguments: what every kernel takes first, (addresses, facts, chunks, T, C). dtypes: of each list, for the kernel.
-    parameter, offset: what the random bits of each tensor are keyed by, for a kernel that draws any.
-    codes: {name of a list of 8-bit codes: name of the list of their scales, two for each ROW elements of a tensor}.
+    lists: {name: list of tensors}; a `TensorList` is checked again only when a tensor lies elsewhere than before.
+    written: names of those the kernel writes. parameter, offset: what the random bits of each tensor are keyed by, for
+    a kernel that draws any. codes: {name of a list of 8-bit codes: name of the list of their scales, two for each ROW
+    elements of a tensor}.
+    arguments: what every kernel takes first, (addresses, facts, chunks, T, C). chunks: C. dtypes: of each list, as the
+    kernel names them.
 
     Elementwise kernels walk tensors in memory order where all lists agree in a dense layout. Where they do not, or
     where random bits belong to the row-major index and the layout is another, contiguous copies take the tensors'
-    place, and `finish` writes those of the lists in `written` back. Raises ValueError, which names the list, for
+    place, and `launch` writes those of the lists in `written` back. Raises ValueError, which names the list, for
     unequal lengths or numbers of elements and for more than one device or dtype per list.
     """
 
-    def __init__(self, op, written, lists, parameter=(), offset=(), codes=None):
+    def __init__(self, op, lists, *, written=(), parameter=(), offset=(), codes=None):
         codes = codes or {}
-        first = next(iter(lists.values()))
-        found = [_seen.get((op, name, id(tensors[0]), len(first))) for name, tensors in lists.items()]
-        for i, (name, tensors) in enumerate(lists.items()):
-            if found[i] is None or not found[i].are(tensors):
-                found[i] = _keep(_seen, (op, name, id(tensors[0]), len(first)), _Checked(op, name, tensors, first))
+        addresses = [list(map(torch.Tensor.data_ptr, tensors)) for tensors in lists.values()]
+        first, found = next(iter(lists.values())), []
+        for (name, tensors), there in zip(lists.items(), addresses, strict=True):
+            known = getattr(tensors, "known", None)
+            if known is None or known.addresses != there:
+                known = _Checked(op, name, tensors, first, there)
+                if isinstance(tensors, kernels.TensorList):
+                    tensors.known = known
+            found.append(known)
             allowed = CODES if name in codes else DTYPES
-            if found[i].dtype not in allowed:
-                raise TypeError(f"{op}: {name} is {found[i].dtype}, expected one of {', '.join(map(str, allowed))}")
-            expected = _scales(found[0].numel) if name in codes.values() else found[0].numel
-            if found[i].numel != expected:
-                k = next(k for k, pair in enumerate(zip(found[i].numel, expected, strict=True)) if len(set(pair)) > 1)
-                raise ValueError(f"{op}: {name}[{k}] has {found[i].numel[k]} elements, expected {expected[k]}")
+            if known.dtype not in allowed:
+                raise TypeError(f"{op}: {name} is {known.dtype}, expected one of {', '.join(map(str, allowed))}")
+            numel = _scales(found[0].numel) if name in codes.values() else found[0].numel
+            if known.numel != numel:
+                pairs = enumerate(zip(known.numel, numel, strict=True))
+                k, (given, expected) = next((k, pair) for k, pair in pairs if pair[0] != pair[1])
+                raise ValueError(f"{op}: {name}[{k}] has {given} elements, expected {expected}")
         self.dtypes = [(DTYPES | CODES)[each.dtype] for each in found]
-        self._copies, tensors = [], list(lists.values())
+        self._copies, self._tensors = [], None
         if not all(each.contiguous for each in found):
-            tensors = self._dense(lists, written, numbered=bool(parameter))
+            self._tensors = self._dense(lists, written, numbered=bool(parameter))  # copies must live until the launch
+            addresses = [list(map(torch.Tensor.data_ptr, tensors)) for tensors in self._tensors]
         facts = found[0].numel, tuple(parameter), tuple(offset)
         key = found[0].device, CHUNK, *facts
-        table = _tables.get(key) or _keep(_tables, key, _Table(found[0].device, *facts))
-        addresses = table.addresses([list(map(torch.Tensor.data_ptr, each)) for each in tensors])
-        self.arguments = addresses, table.facts, table.chunks, len(first), table.chunks.shape[1]
-        self._tensors = tensors  # copies among them must live until the launch
+        table = _tables.get(key)
+        if table is None:
+            table = _Table(found[0].device, *facts)
+            if len(_tables) >= _KEPT:
+                del _tables[next(iter(_tables))]
+            _tables[key] = table
+        self.chunks = table.chunks.shape[1]
+        self.arguments = table.addresses(addresses), table.facts, table.chunks, len(first), self.chunks
+
+    def launch(self, kernel, *arguments, block, warps, programs=None):
+        """Run the kernel over all chunks, in at most so many programs, and write copies back."""
+        if self.chunks:
+            with torch.cuda.device_of(self.arguments[0]):
+                kernel[(min(self.chunks, programs or self.chunks),)](
+                    *self.arguments, *arguments, CHUNK, block, num_warps=warps, enable_fp_fusion=False
+                )
+        for t, copy in self._copies:
+            t.copy_(copy)
 
     def _dense(self, lists, written, numbered):
         result = [list(tensors) for tensors in lists.values()]
@@ -101,11 +124,6 @@ class Lists:
                         self._copies.append((t, own[i]))
         return result
 
-    def finish(self):
-        """Write the copies back into tensors that could not be walked."""
-        for t, copy in self._copies:
-            t.copy_(copy)
-
 
 def _is_dense(t):
     """Whether the elements fill one stretch of memory without gap or overlap."""
@@ -117,9 +135,8 @@ def _is_dense(t):
     return True
 
 
-# What is kept between calls; beyond _KEPT entries the oldest goes. None holds a tensor of a caller alive.
-_KEPT = 256
-_seen: dict = {}
+# Tables, by what they are made from; beyond _KEPT the oldest goes. None holds a tensor of a caller.
+_KEPT = 64
 _tables: dict = {}
 # What CUDA graphs read at every replay. Nothing tells when a graph is gone, so it stays.
 _captured: list = []
@@ -130,34 +147,24 @@ def _scales(numel):
     return tuple(2 * -(-n // ROW) for n in numel)
 
 
-def _keep(cache, key, value):
-    if len(cache) >= _KEPT:
-        del cache[next(iter(cache))]
-    cache[key] = value
-    return value
-
-
 class _Checked:
-    """What a list was found to be, so that the same tensor objects are not asked again at every step."""
+    """What the tensors of a list were found to be, all of one dtype and device."""
 
-    def __init__(self, op, name, tensors, first):
+    def __init__(self, op, name, tensors, first, addresses):
         if len(tensors) != len(first):
             raise ValueError(f"{op}: {name} has {len(tensors)} tensors, expected {len(first)}")
         self.dtype, self.device = tensors[0].dtype, first[0].device
-        for i, t in enumerate(tensors):
-            if t.dtype != self.dtype or t.device != self.device:
-                raise ValueError(
-                    f"{op}: {name}[{i}] is {t.dtype} on {t.device}, expected {self.dtype} on {self.device} "
-                    "as the first: one call per dtype and device"
-                )
+        # The quicker question where it tells devices apart: -1 is the answer of all but GPUs.
+        place = torch.Tensor.get_device if self.device.type == "cuda" else attrgetter("device")
+        if len(set(map(attrgetter("dtype"), tensors))) > 1 or set(map(place, tensors)) != {place(first[0])}:
+            i = next(i for i, t in enumerate(tensors) if (t.dtype, t.device) != (self.dtype, self.device))
+            raise ValueError(
+                f"{op}: {name}[{i}] is {tensors[i].dtype} on {tensors[i].device}, expected {self.dtype} on "
+                f"{self.device} as the first: one call per dtype and device"
+            )
         self.numel = tuple(map(torch.Tensor.numel, tensors))
         self.contiguous = all(map(torch.Tensor.is_contiguous, tensors))
-        self._references = list(map(weakref.ref, tensors))
-
-    def are(self, tensors):
-        return len(tensors) == len(self._references) and all(
-            reference() is t for reference, t in zip(self._references, tensors, strict=True)
-        )
+        self.addresses = addresses
 
 
 _RUN_ONCE = "CUDA graph capture: run the same call once, outside of any capture, before each capture"
@@ -191,6 +198,9 @@ class _Table:
         # One copy per stream: a step on another stream must not overwrite what a kernel of this one still reads.
         key = len(found), torch.cuda.current_stream(device).cuda_stream if cuda else 0
         if key not in self._sent:
+            if cuda:  # a table that goes must not be overwritten while any stream reads it
+                self.facts.record_stream(torch.cuda.current_stream(device))
+                self.chunks.record_stream(torch.cuda.current_stream(device))
             self._sent[key] = torch.empty(shape, dtype=torch.int64, device=device), [None] * len(found)
         there, sent = self._sent[key]
         for k, addresses in enumerate(found):

@@ -96,20 +96,8 @@ def rademacher_(u, *, seed, refresh, parameter, offset=()):
     """`growkit.reference.rademacher_` for a list of CUDA tensors of one dtype."""
     if not u:
         return
-    lists = multi_tensor.Lists("rademacher_", ("u",), {"u": u}, parameter, offset)
-    chunks = lists.arguments[-1]
-    if chunks:
-        _rademacher[(chunks,)](
-            *lists.arguments,
-            refresh,
-            *key(seed, 0),
-            *lists.dtypes,
-            multi_tensor.CHUNK,
-            BLOCK,
-            num_warps=WARPS,
-            enable_fp_fusion=False,
-        )
-    lists.finish()
+    lists = multi_tensor.Lists("rademacher_", {"u": u}, written=("u",), parameter=parameter, offset=offset)
+    lists.launch(_rademacher, refresh, *key(seed, 0), *lists.dtypes, block=BLOCK, warps=WARPS)
 
 
 def _variant(name, dtype, size):

@@ -212,9 +212,15 @@ def sophia_step_8bit_(
     if not p:
         return
     lists = {"p": p, "g": g, "m": m, "h": h, "m_scale": m_scale, "h_scale": h_scale}
-    lists |= {"master": master} if master and p[0].dtype != torch.float32 else {}
+    if master and p[0].dtype != torch.float32:
+        lists["master"] = master
     lists = multi_tensor.Lists(
-        "sophia_step_8bit_", ("p", "master", "m", "m_scale"), lists, parameter, offset, {"m": "m_scale", "h": "h_scale"}
+        "sophia_step_8bit_",
+        lists,
+        written=("p", "master", "m", "m_scale"),
+        parameter=parameter,
+        offset=offset,
+        codes={"m": "m_scale", "h": "h_scale"},
     )
     (lr, lr_at), (rho_bs, rho_bs_at) = host_or_device(lr), host_or_device(rho_bs)
     P, G, _, H, _, _, *master_dtype = lists.dtypes
@@ -320,19 +326,16 @@ def _fold_lists(kind, lists, scale, skip, beta2, seed, refresh, parameter, offse
     if not lists["h"]:
         return
     device = lists["h"][0].device
-    op = f"8-bit refresh of h ({kind})"
-    lists = multi_tensor.Lists(op, ("h", "h_scale"), lists, parameter, offset, {"h": "h_scale"})
+    op = "gnb_ema_8bit_" if kind == "gnb" else "hutchinson_ema_8bit_"
+    keys = {"parameter": parameter, "offset": offset, "codes": {"h": "h_scale"}}
+    lists = multi_tensor.Lists(op, lists, written=("h", "h_scale"), **keys)
     H, _, X, *U = lists.dtypes
     arguments = beta2, 1 - beta2, there(scale, device), there(skip, device), refresh, *key(seed, 0)
     _launch(_refresh_8bit, lists, *arguments, H, X, U[0] if U else None, kind)
 
 
 def _launch(kernel, lists, *arguments):
-    chunks = lists.arguments[-1]
-    if chunks:
-        options = {"num_warps": ROWS, "enable_fp_fusion": False}
-        kernel[(chunks,)](*lists.arguments, *arguments, multi_tensor.CHUNK, ROWS, **options)
-    lists.finish()
+    lists.launch(kernel, *arguments, block=ROWS, warps=ROWS)
 
 
 _TABLE = {"addresses": "*i64", "facts": "*i64", "chunks": "*i32", "tensors": "i32", "count": "i32"}

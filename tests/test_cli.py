@@ -37,6 +37,8 @@ def test_info_lists_every_registered_op(capsys):
     for name in registered:
         (line,) = [line for line in out.splitlines() if line.split()[:1] == [name.removeprefix("growkit::")]]
         assert "cpu: reference" in line
+        if "sophia" in name or "sampled" in name:
+            assert "cuda: growkit.kernels.s" in line
 
 
 def test_info_says_how_to_get_what_is_missing(capsys, without):

@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from growkit import ops, plan, reference
+import growkit
+from growkit import expand, ops, plan
 
 KINDS = (None, "dense", "identity_top", "copy")
 
@@ -137,6 +138,18 @@ def test_kron_expand_gives_the_same_under_compile():
         torch.testing.assert_close(a, b)
 
 
+def test_autocast_does_not_reach_inside():
+    W, B, A, w, options = _case("identity_top", "dense")
+    inputs = [x.float() for x in (W, B, A, w)]
+    _differentiable(*inputs)
+    runs = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            W_new = ops.kron_expand(*inputs, **options)
+            runs.append((W_new, *torch.autograd.grad(W_new.square().sum(), inputs)))
+    assert all(x.equal(y) for x, y in zip(*runs, strict=True))
+
+
 def test_second_derivatives_are_refused():
     W, B, A, w, options = _case("dense", "dense")
     B.requires_grad_()
@@ -180,7 +193,7 @@ def test_all_legal_orders_agree_and_none_costs_less_than_the_planned_one(L1, L2,
     best = plan.best_order(L1, L2, B, A)
     assert best in orders
     assert all(plan.cost(best, L1, L2, B, A).flops <= plan.cost(order, L1, L2, B, A).flops for order in orders)
-    results = [reference.kron_expand(W, rows, columns, w, *list(options.values())[:2], order)[0] for order in orders]
+    results = [expand.forward(W, rows, columns, w, *list(options.values())[:2], order)[0] for order in orders]
     for result in results:
         torch.testing.assert_close(result, results[0], rtol=1e-12, atol=1e-12)
 
@@ -221,3 +234,245 @@ def test_backward_counts_what_is_computed():
     assert forward == A_step + 2 * 6 * 512 * 256 * 768 + mix
     dense = plan.Axis("dense", 512, 768)
     assert plan.cost("ABD", 6, 12, dense, dense).backward_flops == 2 * plan.cost("ABD", 6, 12, dense, dense).flops
+
+
+# --- the way of the CUDA kernels, walked with their references on CPU ---
+
+
+@pytest.fixture
+def own_way(monkeypatch):
+    """Send CPU tensors the way that CUDA tensors take beside growkit._C, in panels of a few columns."""
+    monkeypatch.setattr(expand, "_own", lambda x: x.dtype in (torch.float32, torch.float64))
+    monkeypatch.setattr(expand, "MAX_LAYERS_BACKWARD", 64)
+    monkeypatch.setattr(expand, "mix_", lambda *x: torch.ops.growkit.kron_mix_(*x))
+    monkeypatch.setattr(expand, "gather_", lambda out, X, *x: torch.ops.growkit.kron_gather_(out, X, None, *x))
+    monkeypatch.setattr(plan, "PANEL_BYTES", 8000)
+    monkeypatch.setattr(plan, "PANEL_WIDTH", 1)
+
+
+# Mix first, rows first, columns first, by counted cost where all maps are learned.
+SHAPES = {
+    "mix": dict(o=(4, 9), i=(3, 8)),
+    "tall": dict(o=(32, 48), i=(8, 12), L2=12),
+    "wide": dict(o=(8, 12), i=(32, 48), L2=12),
+}
+
+
+def test_shapes_have_the_orders_that_they_are_for():
+    orders = []
+    for shape in SHAPES.values():
+        W, B, A, w, options = _case("identity_top", "identity_top", **shape)
+        orders.append(ops._kron_order(W, B, A, w, *options.values()))
+    assert orders == ["DBA", "BAD", "ABD"]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@every_case
+def test_both_ways_give_the_same(B_kind, A_kind, depth, sharing, shape, monkeypatch, request):
+    W, B, A, w, options = _case(B_kind, A_kind, depth, sharing, **SHAPES[shape])
+    inputs = _differentiable(W, B, A, w)
+    leaves = [x for x in inputs if x is not None and x.requires_grad]
+    G = torch.randn_like(ops.kron_expand(*inputs, **options))
+    plain = [ops.kron_expand(*inputs, **options)]
+    plain += torch.autograd.grad(plain[0], leaves, G)
+    request.getfixturevalue("own_way")
+    own = [ops.kron_expand(*inputs, **options)]
+    own += torch.autograd.grad(own[0], leaves, G)
+    for x, y in zip(plain, own, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12)
+    with torch.no_grad():  # nothing is kept: other blocks are made
+        torch.testing.assert_close(plain[0], ops.kron_expand(*inputs, **options), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("way", ["own_way", "seed"])  # seed: the plain way
+@pytest.mark.parametrize("shape", SHAPES)
+@every_case
+def test_expansion_into_tensors_that_exist(B_kind, A_kind, depth, sharing, shape, way, request):
+    request.getfixturevalue(way)
+    W, B, A, w, options = _case(B_kind, A_kind, depth, sharing, **SHAPES[shape])
+    expected = ops.kron_expand(W, B, A, w, **options)
+    L, o, i = expected.shape
+    scales = torch.rand(o, dtype=W.dtype), torch.rand(i, dtype=W.dtype)
+    plain = torch.full_like(expected, torch.nan)
+    joined = torch.full((L, i, 2 * o), torch.nan, dtype=W.dtype)  # transposed storage, two parts side by side
+    narrow = torch.full((L, o, i + 3), torch.nan)  # another dtype, padded rows
+    part = dict(W=W, B=B, A=A, w=w, **options)
+    ops.kron_expand_into(
+        [
+            dict(out=list(plain), **part),
+            dict(out=[y[:, :o].mT for y in joined], row_scale=scales[0], **part),
+            dict(out=[y[:, o:].mT for y in joined], column_scale=scales[1], **part),
+            dict(out=list(narrow[..., :i]), row_scale=scales[0], column_scale=scales[1], **part),
+        ]
+    )
+    torch.testing.assert_close(plain, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(joined[..., :o].mT, expected * scales[0][:, None], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(joined[..., o:].mT, expected * scales[1], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(narrow[..., :i], (expected * scales[0][:, None] * scales[1]).float())
+    assert narrow[..., i:].isnan().all()  # nothing beside the targets is touched
+
+
+def test_expansion_into_vectors_and_nothing():
+    W, B, _, w, options = _case("identity_top", None, i=(1, 1))
+    out = torch.empty(5, 6, dtype=W.dtype)
+    ops.kron_expand_into([dict(out=[y.unsqueeze(-1) for y in out], W=W, B=B, w=w, B_kind="identity_top")])
+    torch.testing.assert_close(out, ops.kron_expand(W, B, w=w, **options).squeeze(-1))
+    ops.kron_expand_into([])
+    ops.kron_expand_into([dict(out=[], W=W, w=w[:0]), dict(out=list(torch.empty(3, 4, 1, dtype=W.dtype)), W=W)])
+    assert not ops.kron_expand(W[:0], w=w[:, :0]).any()  # a sum over no layers
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"out": [torch.zeros(6, 7)] * 4}, "out has 4 tensors, expected 5"),
+    ({"out": [torch.zeros(6, 7)] * 4 + [torch.zeros(6, 8)]}, r"out\[4\] is .*\[6, 8\].*expected .*\[6, 7\]"),
+    ({"out": [torch.zeros(6, 7)] * 4 + [torch.zeros(7, 6).mT]}, r"out\[4\] .*strides \(1, 6\).*expected .*\(7, 1\)"),
+    ({"row_scale": torch.ones(7)}, r"row_scale is torch.float32 \[7\].*expected torch.float32 \[6\]"),
+    ({"column_scale": torch.ones(7).double()}, r"column_scale is torch.float64"),
+    ({"precision": "best"}, "precision must be one of highest, high, medium or None, got 'best'"),
+])  # fmt: skip
+def test_expansion_into_checks_everything_before_it_writes(change, message):
+    good = dict(
+        out=list(torch.zeros(5, 6, 7)),
+        W=torch.ones(3, 4, 3),
+        B=torch.ones(6, 4),
+        A=torch.ones(7, 3),
+        w=torch.ones(5, 3),
+    )
+    with pytest.raises(ValueError, match=message):
+        ops.kron_expand_into([good, {**good, **change}])
+    assert not any(y.any() for y in good["out"])
+
+
+def test_modules_that_share_a_map_are_one_stack(monkeypatch):
+    monkeypatch.setattr(ops, "_stacks", lambda W, M, step: True)
+    calls = []
+    expand_one = ops.kron_expand
+    monkeypatch.setattr(ops, "kron_expand", lambda W, *x, **y: calls.append(W.shape) or expand_one(W, *x, **y))
+    parts = []
+    A = torch.randn(8, 16, dtype=torch.float64, requires_grad=True)
+    for kind in ("identity_top", "identity_top", "dense", "copy", None):
+        W, B, _, w, _ = _case(kind, None, L2=9, o=(16, 24), i=(16, 16))
+        parts.append(dict(W=W, B=B, A=A, w=w, B_kind=kind or "dense", A_kind="identity_top"))
+        _differentiable(W, B, w)
+    parts.append({**parts[0], "A": A.detach().clone(), "sharing": "target"})  # equal, but not the same map
+    leaves = [A, *(part[name] for part in parts[:3] for name in ("W", "B", "w"))]
+    together = ops.kron_expand_many(parts)
+    assert len(calls) == len(parts) + 1 and calls[0][0] > 3  # one stack of several modules came first
+    alone = [expand_one(**part) for part in parts]
+    gradients = [torch.autograd.grad(sum(x.square().sum() for x in xs), leaves) for xs in (together, alone)]
+    for x, y in zip((*together, *gradients[0]), (*alone, *gradients[1]), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-11, atol=1e-11)
+
+
+def test_widened_blocks_wait_for_one_launch(monkeypatch):
+    launches = []
+    monkeypatch.setattr(expand, "mix_", lambda out, X, w, scale: launches.append(len(X)))
+    W, B, A, w, options = _case("identity_top", "identity_top", L2=9, o=(16, 24), i=(16, 24))
+    parts = [dict(out=list(torch.zeros(9, 24, 24)), W=W, B=B, A=A, w=w, **options) for _ in range(6)]
+    ops.kron_expand_into(parts)
+    assert launches == [6 * 4]  # four corners: W itself, the new columns, the new rows below either
+    monkeypatch.setattr(plan, "PENDING_BYTES", 2 * 3 * 24 * 24 * 8)  # the blocks of two parts
+    launches.clear()
+    ops.kron_expand_into(parts)
+    assert launches == [8, 8, 8]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_grown_models_are_written_by_the_kernels_way(dtype, own_way, monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    shape = {"vocab_size": 31, "n_positions": 16, "bos_token_id": 0, "eos_token_id": 0}
+    small = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=2, n_embd=16, n_head=2, **shape)).to(dtype)
+    operator = growkit.LiGO(small, transformers.GPT2Config(n_layer=3, n_embd=24, n_head=3, **shape))
+    launches = []
+    mix = expand.mix_
+    monkeypatch.setattr(expand, "mix_", lambda *jobs: launches.append(len(jobs[0])) or mix(*jobs))
+    grown = dict(operator.grow().named_parameters())
+    assert len(launches) == 1  # a model this small is one launch: matrices, biases, norms, q|k|v and embeddings
+    for name, weight in operator.expand().items():
+        torch.testing.assert_close(
+            grown[name], weight.to(dtype), rtol=2e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-6
+        )
+
+
+# --- the small operators ---
+
+KERNEL_CALLS = {
+    "kron_mix_": lambda: (
+        [torch.empty(5, 3, 4), *torch.empty(2, 6, 1)], [torch.randn(2, 3, 4), torch.randn(2, 6, 1)],
+        [torch.randn(5, 2), torch.empty(0)], [torch.rand(3), torch.empty(0), torch.empty(0), torch.rand(1)],
+    ),
+    "kron_mix_backward_": lambda: (
+        torch.empty(2, 3, 4), torch.empty(5, 2), torch.randn(5, 3, 4), torch.randn(2, 3, 4), torch.randn(5, 2),
+    ),
+    "kron_gather_": lambda: (
+        torch.empty(3, 5, 4), torch.randn(2, 3, 4), torch.tensor([1, 0, 1]), torch.tensor([2, 2, 0, 1, 1]), None,
+    ),
+    "tf32_split_": lambda: (torch.empty(2, 9, 4), torch.randn(2, 3, 4), True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", KERNEL_CALLS)
+def test_small_operators_pass_opcheck(name):
+    torch.library.opcheck(getattr(torch.ops.growkit, name).default, KERNEL_CALLS[name]())
+
+
+def test_small_operators_compute_what_they_say():
+    (whole, *vectors), X, w, scale = arguments = KERNEL_CALLS["kron_mix_"]()
+    torch.ops.growkit.kron_mix_(*arguments)
+    torch.testing.assert_close(whole, torch.einsum("ab,bij->aij", w[0], X[0]) * scale[0][:, None])
+    torch.testing.assert_close(torch.stack(vectors), X[1] * scale[3])
+    mixed, dw, G, U, w = arguments = KERNEL_CALLS["kron_mix_backward_"]()
+    torch.ops.growkit.kron_mix_backward_(*arguments)
+    torch.testing.assert_close(mixed, torch.einsum("ab,aij->bij", w, G))
+    torch.testing.assert_close(dw, torch.einsum("aij,bij->ab", G, U))
+    out, X, layers, rows, _ = arguments = KERNEL_CALLS["kron_gather_"]()
+    torch.ops.growkit.kron_gather_(*arguments)
+    assert out.equal(X[layers][:, rows])
+
+
+def test_three_tf32_products_have_float32_accuracy():
+    left, right = torch.randn(64, 768), torch.randn(768, 96)
+    split = expand.split_tf32(left, False, -1), expand.split_tf32(right, True, -2)
+    for part in split:  # what tensor cores read: 10 bits of the fraction
+        assert (part.view(torch.int32) & 0x1FFF == 0).all()
+    exact = left.double() @ right.double()
+
+    def error(product):
+        return ((product - exact).abs().max() / exact.abs().max()).item()
+
+    assert error(split[0].double() @ split[1].double()) < 2**-21  # of the split alone
+    assert error(split[0] @ split[1]) <= 2 * error(left @ right)
+    assert error(split[0][:, 768 : 2 * 768] @ split[1][:768]) > 1e-4  # TF32 alone
+
+
+@pytest.mark.parametrize("axis", [-1, -2])
+@pytest.mark.parametrize("make", [
+    lambda: torch.randn(5, 6), lambda: torch.randn(6, 5).mT, lambda: torch.randn(3, 5, 6),
+    lambda: torch.randn(3, 6, 5).mT, lambda: torch.randn(5, 6).expand(3, 5, 6), lambda: torch.randn(3, 9, 6)[:, 2:7],
+])  # fmt: skip
+def test_split_takes_any_layout(make, axis):
+    X = make()
+    left, right = expand.split_tf32(X, False, axis), expand.split_tf32(X, True, axis)
+    lo, hi, again = left.chunk(3, axis)
+    assert hi.equal(again) and torch.cat([hi, lo, hi], axis).equal(right)
+    torch.testing.assert_close(hi + lo, X, rtol=2**-22, atol=0)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@every_case
+def test_split_products_enter_every_step(B_kind, A_kind, depth, sharing, shape, own_way, monkeypatch):
+    """Orchestration of precision="highest" as on CUDA; the products themselves are float32 here."""
+    monkeypatch.setattr(plan, "split_pays", lambda *_: True)
+    monkeypatch.setattr(plan, "MEMORY_BYTES", 20_000)
+    monkeypatch.setattr(expand, "_resolve", lambda precision, W: precision)
+    W, B, A, w, options = _case(B_kind, A_kind, depth, sharing, **SHAPES[shape])
+    inputs = [x.float() if x is not None and x.is_floating_point() else x for x in (W, B, A, w)]
+    _differentiable(*inputs, W, B, A, w)
+    exact = ops.kron_expand(W, B, A, w, **options)
+    G = torch.randn_like(exact)
+    pairs = [(x, y) for x, y in zip((W, B, A, w), inputs, strict=True) if x is not None and x.requires_grad]
+    fast = ops.kron_expand(*inputs, **options, precision="highest")
+    expected = torch.autograd.grad(exact, [x for x, _ in pairs], G)
+    got = torch.autograd.grad(fast, [y for _, y in pairs], G.float())
+    for x, y in zip((exact, *expected), (fast, *got), strict=True):
+        torch.testing.assert_close(y, x.float(), rtol=1e-5, atol=2e-6 * x.abs().max().item())

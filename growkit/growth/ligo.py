@@ -134,34 +134,38 @@ class LiGO(nn.Module):
         return self.maps[side] if side in self.maps else self.maps[self.ties[side]]
 
     def _arguments(self, part):
-        """Arguments of `kron_expand` for one part, and the scales per row and column that come after it."""
+        """Arguments of `kron_expand` for one part, and what scales its rows and columns after it: vectors or None."""
         maps = [self._map(side) if side else None for side in (part.B, part.A)]
         W = self.get_buffer(f"small_{part.key}").to(next(self.parameters()).dtype)
         w = self.depth[part.key] if part.layered else None
-        vectors = []
-        for scale, shape in zip([m.scale if m else 1.0 for m in maps], ((-1, 1), (1, -1)), strict=True):
-            if isinstance(scale, torch.Tensor):
-                vectors.append(scale.view(shape))
-            elif scale != 1.0:  # a number goes into the smallest operand
+        vectors = {}
+        for name, scale in zip(("row_scale", "column_scale"), [m.scale if m else 1.0 for m in maps], strict=True):
+            vectors[name] = scale.to(W.dtype) if isinstance(scale, torch.Tensor) else None
+            if vectors[name] is None and scale != 1.0:  # a number goes into the smallest operand
                 W, w = (W * scale, w) if w is None else (W, w * scale)
         B, A = (m.tensor() if m else None for m in maps)
         kinds = {f"{name}_kind": m.kind if m else "dense" for name, m in zip("BA", maps, strict=True)}
         return dict(W=W, B=B, A=A, w=w, **kinds, sharing=self.sharing), vectors
 
-    def _expand_row(self, row):
+    def expand(self):
+        """All weights of the large model, name -> tensor, differentiable in the operators."""
+        arguments = [self._arguments(part) for row in self._rows for part in row.parts]
+        pieces = iter(ops.kron_expand_many([part for part, _ in arguments]))
+        scaled = ((next(pieces), scales) for _, scales in arguments)
+        return dict(weight for row in self._rows for weight in self._assemble(row, scaled))
+
+    def _assemble(self, row, scaled):
+        """Names and weights of one row of the table, whose parts are the next of `scaled`."""
         pieces = []
-        for part in row.parts:
-            arguments, vectors = self._arguments(part)
-            piece = ops.kron_expand(**arguments)
-            for vector in vectors:
-                piece = piece * vector.to(piece.dtype)
+        for _ in row.parts:
+            piece, scales = next(scaled)
+            if scales["row_scale"] is not None:
+                piece = piece * scales["row_scale"][:, None]
+            if scales["column_scale"] is not None:
+                piece = piece * scales["column_scale"]
             pieces.append(piece)
         stack = pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1 + row.joined)
         return zip(row.names, (stack.squeeze(-1) if row.vector else stack).unbind(), strict=True)
-
-    def expand(self):
-        """All weights of the large model, name -> tensor, differentiable in the operators."""
-        return dict(weight for row in self._rows for weight in self._expand_row(row))
 
     @property
     def flops_per_expansion(self):
@@ -235,13 +239,27 @@ class LiGO(nn.Module):
 
     @torch.no_grad()
     def grow(self):
-        """The large model, of the small one's class and dtype, in eval mode; one module type at a time is expanded."""
+        """The large model, of the small one's class and dtype, in eval mode.
+
+        Its parameters are written in place, in panels: beside the model, memory for one small stack and about 64 MB, or
+        256 MB where the stack of a row or column is so large that narrower panels would not pay (`plan.panels`).
+        """
         model = self._skeleton().eval()
-        parameters = dict(model.named_parameters())
-        for row in self._rows:
-            for name, weight in self._expand_row(row):
-                parameters[name].copy_(weight)
+        parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+        ops.kron_expand_into(self._parts_into(parameters))
         return model
+
+    def _parts_into(self, parameters):
+        """What `kron_expand_into` takes, part by part: a small stack in the operators' dtype lives no longer."""
+        for row in self._rows:
+            targets = [parameters[name] for name in row.names]
+            if row.joined is not None:
+                targets = zip(*(target.chunk(len(row.parts), row.joined) for target in targets), strict=True)
+            else:
+                targets = [targets]
+            for part, out in zip(row.parts, targets, strict=True):
+                arguments, scales = self._arguments(part)
+                yield dict(out=[y.unsqueeze(-1) for y in out] if row.vector else list(out), **arguments, **scales)
 
     def _skeleton(self):
         with torch.random.fork_rng([]):  # the constructor draws weights that are overwritten

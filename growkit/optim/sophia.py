@@ -3,10 +3,10 @@
 The update and the refreshes are `growkit.ops`; when to refresh, and on what, is `growkit.optim.curvature`.
 """
 
-import itertools
 import warnings
 from collections import defaultdict
-from operator import attrgetter, is_
+from itertools import accumulate, repeat
+from operator import attrgetter, is_, is_not, itemgetter
 
 import torch
 from torch.optim import Optimizer
@@ -46,6 +46,7 @@ class _Sophia(Optimizer):
         self._skipped = self._skipped_steps = 0
         self._kept = {}  # what _buckets keeps from call to call
         self._reported = None  # copies of both for the host, made at a refresh and read at the next one
+        self._all_clipped = False
         self._warned = set()
 
     def add_param_group(self, param_group):
@@ -150,7 +151,7 @@ class _Sophia(Optimizer):
 
     def _prepare(self):
         """[(group, its buckets)], all state made. Raises for whatever a step could not use, before anything changes."""
-        firsts = itertools.accumulate((len(group["params"]) for group in self.param_groups), initial=0)
+        firsts = accumulate((len(group["params"]) for group in self.param_groups), initial=0)
         groups = list(zip(firsts, self.param_groups, strict=False))
         prepared = [(group, self._buckets(first, group)) for first, group in groups]
         for i, (first, group) in enumerate(groups):
@@ -163,30 +164,29 @@ class _Sophia(Optimizer):
         """Lists {"p", "g", "exp_avg", "hessian", "master", "parameter"} of those parameters that have a gradient.
 
         8-bit state has the lists "exp_avg_scale" and "hessian_scale", too. One bucket per device, dtype, gradient dtype
-        and kind of state, complex tensors as real. "parameter" holds indices among all
-        parameters, of which `first` is the group's first. Everything but gradients is kept from call to call, and
-        checked again only when a parameter's address, a gradient's shape or dtype, or a state tensor is another.
+        and kind of state, complex tensors as real. "parameter" holds indices among all parameters, of which `first` is
+        the group's first. Everything but gradients is kept from call to call, and checked again only when a parameter's
+        address, a gradient's shape or dtype, or a state tensor is another.
         """
         params = group["params"]
         grads = [p.grad for p in params]
-        states = [self.state.get(p) for p in params]
         if torch.compiler.is_compiling():
-            kept = self._sort(first, group, grads, states)
+            buckets = self._sort(first, group, grads, [self.state.get(p) for p in params])
         else:
-            there = [g for g in grads if g is not None]
-            held = [t for state in states if state for t in state.values()]
+            there = grads if all(map(is_not, grads, repeat(None))) else [g for g in grads if g is not None]
             kinds = (
-                [g is None for g in grads],
+                len(there) if there is grads else [g is None for g in grads],
                 list(map(attrgetter("shape"), there)),
                 list(map(attrgetter("dtype"), there)),
                 list(map(attrgetter("layout"), there)),
                 list(map(torch.Tensor.data_ptr, params)),
             )
-            known = self._kept.get(first)
-            if known is None or known[0] != kinds or len(known[1]) != len(held) or not all(map(is_, known[1], held)):
-                self._kept[first] = known = kinds, held, self._sort(first, group, grads, states)
-            kept = known[2]
-        return [{**bucket, "g": [_real(grads[i - first]) for i in bucket["parameter"]]} for bucket in kept]
+            kept = self._kept.get(first)
+            if kept is None or kept.kinds != kinds or not kept.holds(self.state):
+                states = [self.state.get(p) for p in params]
+                self._kept[first] = kept = _Kept(kinds, self.state, self._sort(first, group, grads, states))
+            buckets = kept.buckets
+        return [{**bucket, "g": _gradients(bucket, grads, first)} for bucket in buckets]
 
     def _sort(self, first, group, grads, states):
         buckets = defaultdict(lambda: defaultdict(list))
@@ -210,6 +210,7 @@ class _Sophia(Optimizer):
             if _has_master(p, group):
                 needed += ["master"]
             bucket = buckets[p.device, p.dtype, g.dtype, coded]
+            bucket["states"].append(state)
             bucket["parameter"].append(i)
             bucket["p"].append(_real(p))
             bucket["step"] = (state or {}).get("step")
@@ -247,23 +248,19 @@ class _Sophia(Optimizer):
             hook.remove()
         group_of = {p: group for group in self.param_groups for p in group["params"]}
         for p, state in self._pairs(loaded).values():
-            self.state[p] = {"step": self.state[p]["step"], **self._converted(p, group_of[p], state)}
+            others = {key: value for key, value in self.state[p].items() if not key.endswith("_scale")}
+            self.state[p] = {**others, **self._converted(p, group_of[p], state)}
 
     def _converted(self, p, group, state):
         """The tensors of a loaded state as copies on the parameter's device, in the form that this optimizer keeps."""
         state = {k: t.to(p.device, copy=True) for k, t in state.items() if k != "step" and torch.is_tensor(t)}
         scales = {k: state.pop(k + "_scale", None) for k in ("exp_avg", "hessian")}
-        coded = _is_coded(p, group)
-        for key, scale in scales.items():
-            if (
-                scale is not None
-                and coded
-                and state[key].dtype == (torch.int8, self._curvature_codes)[key == "hessian"]
-            ):
+        for (key, scale), codes in zip(scales.items(), (torch.int8, self._curvature_codes), strict=True):
+            if _is_coded(p, group) and scale is not None and state[key].dtype == codes:
                 state[key + "_scale"] = scale
                 continue
             x = state[key] if scale is None else reference.dequantise(state[key], scale)
-            state |= self._coded({key: x}) if coded else {key: x.to(_state_dtype(p, group))}
+            state |= self._coded({key: x}) if _is_coded(p, group) else {key: x.to(_state_dtype(p, group))}
         return {k: t.float() if k == "master" else t for k, t in state.items()}
 
     def _completed_groups(self, groups):
@@ -531,22 +528,29 @@ class _Sophia(Optimizer):
         return {"seed": self.param_groups[0]["seed"], "refresh": int(self.param_groups[0]["refreshes"])}
 
     def _report(self):
-        """Warn of what the counts copied at the last refresh say: they have arrived by now, so nothing waits."""
+        """Warn of what counts copied to the host at an earlier refresh say, once they have arrived: nothing waits."""
         if self._reported is not None:
-            skipped, unclipped = self._reported
+            arrived, skipped, unclipped = self._reported
+            if not all(event.query() for event in arrived):
+                return
             if skipped > 0:
                 self._warn_once(
                     "skipped",
                     f"{type(self).__name__} skipped a curvature refresh that was not finite or had no labels; "
                     "stats()['skipped'] counts them",
                 )
-            if self.param_groups[0]["refreshes"] > 3 and unclipped and sum(unclipped) == 0:
+            all_clipped = self.param_groups[0]["refreshes"] > 3 and unclipped and sum(unclipped) == 0
+            if all_clipped and self._all_clipped:  # twice running, for a single step may have been skipped
                 self._warn_once(
                     "all clipped",
                     f"{type(self).__name__} clips every element, so h has no effect: raise rho, or check bs and the "
                     "loss that the refresh differentiates",
                 )
-        self._reported = _on_its_way(self._skipped), [_on_its_way(count) for count, _ in self._unclipped.values()]
+            self._all_clipped = all_clipped
+        counts = [self._skipped, *(count for count, _ in self._unclipped.values())]
+        skipped, *unclipped = map(_on_its_way, counts)
+        streams = {torch.cuda.current_stream(count.device) for count in counts if count.is_cuda}
+        self._reported = [stream.record_event() for stream in streams], skipped, unclipped
 
     def stats(self):
         """How the optimizer fares: {steps, refreshes, skipped, skipped_steps, unclipped}. May wait for the device.
@@ -581,12 +585,44 @@ def _has_master(p, group):
     return p.dtype == torch.float16 or p.dtype == torch.bfloat16 and group["bf16_update"] == "master"
 
 
+class _Kept:
+    """The buckets of a group, with what they were made of."""
+
+    def __init__(self, kinds, state, buckets):
+        lists = ("exp_avg", "hessian", "exp_avg_scale", "hessian_scale", "master")
+        self.kinds = kinds
+        self.buckets = [{k: kernels.TensorList(v) if k in ("p", *lists) else v for k, v in b.items()} for b in buckets]
+        self._complete = all(bucket["complete"] for bucket in buckets)
+        self._states = list(state.values())
+        self._tensors = [
+            (bucket["states"], name, [state[name] for state in bucket["states"]])
+            for bucket in buckets
+            for name in ("step", *lists)
+            if self._complete and (name == "step" or name in bucket)
+        ]
+
+    def holds(self, state):
+        """Whether the state of the optimizer still is the same objects."""
+        if not self._complete or len(state) != len(self._states) or not all(map(is_, state.values(), self._states)):
+            return False
+        try:
+            return all(all(map(is_, map(itemgetter(k), states), kept)) for states, k, kept in self._tensors)
+        except KeyError:
+            return False
+
+
+def _gradients(bucket, grads, first):
+    indices = bucket["parameter"]
+    grads = grads if len(indices) == len(grads) else [grads[i - first] for i in indices]
+    return list(map(_real, grads)) if bucket["p"][0].dtype != grads[0].dtype else grads
+
+
 def _real(t):
     return torch.view_as_real(t) if t.is_complex() else t
 
 
 def _on_its_way(count):
-    """A copy on the host of a 0-d tensor, for which nothing waits: it is there by the next refresh."""
+    """A copy on the host of a 0-d tensor, which arrives when its stream gets there."""
     if not count.is_cuda:
         return count.clone()
     return torch.empty_like(count, device="cpu", pin_memory=True).copy_(count, non_blocking=True)

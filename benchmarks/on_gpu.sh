@@ -1,0 +1,128 @@
+#!/usr/bin/env bash
+# All that needs a GPU, in under 9 minutes, with no network, the most valuable part first.
+#   benchmarks/on_gpu.sh [--dry-run] [FOLDER]
+# FOLDER (default benchmarks/results/<hardware>) gets at most 8 files. Each part has a limit of time and writes as it
+# goes, so a part that is cut short keeps what it has. Exit code 1 if a part failed or was cut short. PYTHON= picks the
+# interpreter: it needs torch with CUDA, triton, pytest, pytest-benchmark, and nvcc for the extension.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python3}
+dry=
+[ "${1:-}" = --dry-run ] && { dry=yes; shift; }
+
+# name, expected minutes, limit in seconds, what
+parts='install|0.6|75|build and install, growkit info, versions, nvidia-smi
+tests|2.0|150|pytest tests -m gpu, then the tests of the kernels on the GPU
+sophia|1.3|110|ceilings, S1 to S11
+expansion|1.4|95|L1 to L7
+tune|0.7|45|grid of launch parameters of the update, 124M and 1.5B
+sanitizer|0.8|60|compute-sanitizer memcheck, racecheck, initcheck on small shapes'
+
+if [ -n "$dry" ]; then
+    printf '%-10s %8s %8s  %s\n' part minutes 'at most' what
+    while IFS='|' read -r name minutes limit what; do
+        printf '%-10s %8s %6s s  %s\n' "$name" "$minutes" "$limit" "$what"
+    done <<<"$parts"
+    awk -F'|' '{ m += $2; s += $3 } END { printf "%-10s %8.1f %6d s\n", "all", m, s }' <<<"$parts"
+    exit 0
+fi
+
+growkit() { "$python" -c 'import sys; from growkit.cli import main; sys.exit(main())' "$@"; }
+
+install() {
+    "$python" -c 'import sys, torch, triton; print("python", sys.version.split()[0], "torch", torch.__version__,
+        "triton", triton.__version__, "cuda", torch.version.cuda)'
+    nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.sm,clocks.mem,power.limit --format=csv
+    nvcc --version | tail -n 1
+    git log -1 --format='commit %h' 2>/dev/null
+    capability=$("$python" -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())')
+    TORCH_CUDA_ARCH_LIST=$capability "$python" -m pip install --quiet --no-deps --no-build-isolation -e . || return 1
+    (cd / && growkit info)
+}
+
+tests() {
+    "$python" -m pytest tests -q -m gpu
+    local gpu=$?
+    # What the compiler makes of the kernels needs no GPU.
+    "$python" -m pytest tests/test_kernel_*.py -q -m "not gpu" --ignore tests/test_kernel_ahead_of_time.py
+    local kernels=$?
+    return $((gpu || kernels))
+}
+
+bench() { # file, ids
+    local file=$1
+    shift
+    growkit bench "$@" --device cuda --json "$folder/$file"
+}
+
+sophia() { bench sophia.json copy fill mm bmm S1 S4 S2 S5 S6 S7 S8 S9 S10.host S10.graph S10.temporaries S11 N1 S3; }
+
+expansion() { bench expansion.json L1 L3.gpt2-medium L2.gpt2-medium L5 L6 L3 L4.literal L2 L7 L4; }
+
+tune() { "$python" benchmarks/tune.py "$folder/tune.jsonl"; }
+
+# Small shapes through every kernel, each call checked in float64.
+small='
+from growkit.bench import table
+for name, workload in table.WORKLOADS.items():
+    if workload.needs == "cuda" and not name.startswith("memory"):
+        workload.build(device="cuda", tiny=True).check()
+        print(name, "checked", flush=True)
+'
+
+sanitizer() {
+    command -v compute-sanitizer >/dev/null || { echo "compute-sanitizer is not installed: skipped"; return 0; }
+    local bad=0 tool log
+    for tool in memcheck racecheck initcheck; do
+        log=$(PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 40 compute-sanitizer --tool "$tool" --error-exitcode 9 \
+            "$python" -c "$small" 2>&1)
+        case $?:$log in
+            0:*) echo "$tool: no errors" ;;
+            9:*"SUMMARY: "*) echo "$tool: ERRORS"; tail -n 40 <<<"$log"; bad=1 ;;
+            124:*) echo "$tool: cut short after 40 s, so not finished" ;;
+            *) echo "$tool: this machine refuses it, skipped:"; tail -n 5 <<<"$log" ;;
+        esac
+    done
+    return $bad
+}
+
+run() { # name, limit, what
+    local start=$SECONDS code
+    echo "== $1: $3"
+    # A function cannot be given to timeout: this script again, told which part.
+    ON_GPU_PART=$1 ON_GPU_FOLDER=$folder timeout --kill-after=5 "$2" "$BASH" "$0" >"$folder/$1.txt" 2>&1
+    code=$?
+    tail -n 3 "$folder/$1.txt"
+    case $code in
+        0) echo "== $1: done in $((SECONDS - start)) s" ;;
+        124 | 137) echo "== $1: cut short after $2 s; what it wrote is kept" ;;
+        *) echo "== $1: FAILED with exit code $code" ;;
+    esac
+    return $code
+}
+
+if [ -n "${ON_GPU_PART:-}" ]; then
+    folder=$ON_GPU_FOLDER
+    "$ON_GPU_PART"
+    exit
+fi
+
+"$python" -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null ||
+    { echo "$python sees no CUDA device: nothing to run here" >&2; exit 1; }
+
+folder=${1:-}
+if [ -z "$folder" ]; then
+    gpu=$(nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1 | tr 'A-Z' 'a-z' | tr -cs 'a-z0-9\n' -)
+    folder=benchmarks/results/$gpu
+fi
+mkdir -p "$folder"
+folder=$(cd "$folder" && pwd)
+failed=0
+while IFS='|' read -r name _ limit what; do
+    run "$name" "$limit" "$what" </dev/null || failed=1
+done <<<"$parts"
+# Two files of text are enough: the tables are in sophia.txt and expansion.txt, what passed in tests.txt.
+cat "$folder/install.txt" "$folder/tests.txt" >"$folder/tests.txt.part" && mv "$folder/tests.txt.part" "$folder/tests.txt"
+rm -f "$folder/install.txt"
+ls -l "$folder"
+exit $failed

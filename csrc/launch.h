@@ -1,0 +1,299 @@
+// Launch plans and index arithmetic of every kernel in this folder. Host-only C++17 with no torch and no CUDA header:
+// the kernels compile it for the device, bindings.cpp for Python, and the tests for the host alone.
+#pragma once
+
+#include <cstdint>
+#include <initializer_list>
+
+#ifdef __CUDACC__
+#define GROWKIT_HD __host__ __device__ __forceinline__
+#else
+#define GROWKIT_HD inline
+#endif
+
+namespace growkit {
+
+constexpr int kThreads = 256;
+constexpr int64_t kMaxBlocks = 2147483647;  // grid.x; no kernel uses grid.y
+
+enum Type : int32_t { kFloat32, kBFloat16, kFloat16 };
+
+GROWKIT_HD int64_t ceil_div(int64_t n, int64_t d) { return (n + d - 1) / d; }
+
+// Quotient and remainder; 64-bit division costs several times the 32-bit one, and most tensors do not need it.
+GROWKIT_HD void divide(int64_t n, int64_t d, int64_t& quotient, int64_t& remainder) {
+  if (((n | d) >> 32) == 0) {
+    quotient = static_cast<uint32_t>(n) / static_cast<uint32_t>(d);
+    remainder = static_cast<uint32_t>(n) - static_cast<uint32_t>(quotient) * static_cast<uint32_t>(d);
+  } else {
+    quotient = n / d;
+    remainder = n - quotient * d;
+  }
+}
+
+// --- mix + assemble: y[l2][r, c] = row_scale[r] column_scale[c] sum_l1 w[l2, l1] x[l1][r, c]
+
+constexpr int kVector = 4;  // elements per thread on the vector path
+constexpr int kTile = 32;   // edge of a tile on the transposed path
+constexpr int kTileRows = kThreads / kTile;
+constexpr int kTileParts = kTile / kTileRows;
+constexpr int kDeepTargets = 8;  // targets that a deep job sums at a time
+constexpr int kMaxJobs = 64;     // both limits: a launch's arguments are at most 32,764 bytes
+constexpr int kMaxTargets = 2800;
+constexpr int kMixMaxLayersIn = 32;    // what a thread holds in registers, four of each on the vector path
+constexpr int kMixMaxLayersOut = 256;  // w, padded to 32 columns, is at most 32 KiB of shared memory
+
+// Three ways of walking one job. vector: four neighbours of a row per thread, every access 64 or 128 bits. scalar: one
+// element per thread, any strides. transposed: 32 x 32 tiles through shared memory, for targets stored column by
+// column.
+enum MixPath : int32_t { kVectorPath, kScalarPath, kTransposedPath };
+
+struct MixJob {
+  const void* x;
+  const float* w;             // null: the layers stay as they are (L2 = L1)
+  const float* row_scale;     // null: 1
+  const float* column_scale;  // null: 1
+  int64_t rows, columns;
+  int64_t x_layer, x_row, x_column;  // strides in elements
+  int64_t y_row, y_column;
+  int64_t w_row;
+  int64_t first_block;  // of this job in its launch
+  int32_t layers_in, layers_out;
+  int32_t first_target;  // in the launch's pointer table
+  int32_t x_type, y_type, path;
+};
+
+struct MixLaunch {
+  MixJob jobs[kMaxJobs];
+  void* targets[kMaxTargets];
+  int64_t blocks;
+  int32_t count;                  // of jobs
+  int32_t used;                   // of targets
+  int32_t layers_in, layers_out;  // the most of any job with a w that is not deep
+};
+static_assert(sizeof(MixLaunch) <= 32764, "kernel arguments are limited to 32,764 bytes");
+
+// A job too large for registers or shared memory: x is read once for every kDeepTargets targets, one element per
+// thread.
+GROWKIT_HD bool is_deep(const MixJob& job) {
+  return job.w && (job.layers_in > kMixMaxLayersIn || job.layers_out > kMixMaxLayersOut);
+}
+
+GROWKIT_HD int64_t type_size(int32_t type) { return type == kFloat32 ? 4 : 2; }
+
+template <typename T>
+GROWKIT_HD void swap_values(T& a, T& b) {
+  T t = a;
+  a = b;
+  b = t;
+}
+
+// A vector given as one column becomes a row, and a job that is one run of memory on both sides becomes one row.
+inline void simplify(MixJob& job) {
+  if (job.columns == 1) {
+    swap_values(job.rows, job.columns);
+    swap_values(job.x_row, job.x_column);
+    swap_values(job.y_row, job.y_column);
+    swap_values(job.row_scale, job.column_scale);
+  }
+  const bool x_run = job.rows == 1 || (job.x_column == 1 && job.x_row == job.columns);
+  const bool y_run = job.rows == 1 || (job.y_column == 1 && job.y_row == job.columns);
+  if (job.rows != 1 && x_run && y_run && !job.row_scale && !job.column_scale) {
+    job.columns *= job.rows;
+    job.rows = 1;
+  }
+}
+
+inline bool aligned(const void* pointer, int64_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
+
+inline MixPath mix_path(const MixJob& job, void* const* targets) {
+  if (is_deep(job)) return kScalarPath;
+  const bool rows_apart = job.rows > 1;
+  bool whole = job.x_column == 1 && job.y_column == 1 && job.columns % kVector == 0 && job.x_layer % kVector == 0 &&
+               (!rows_apart || (job.x_row % kVector == 0 && job.y_row % kVector == 0)) &&
+               aligned(job.x, kVector * type_size(job.x_type));
+  for (int32_t l = 0; whole && l < job.layers_out; ++l) {
+    whole = aligned(targets[l], kVector * type_size(job.y_type));
+  }
+  if (whole) return kVectorPath;
+  return job.y_row == 1 && job.y_column != 1 && rows_apart && job.columns > 1 ? kTransposedPath : kScalarPath;
+}
+
+inline int64_t mix_blocks(const MixJob& job) {
+  if (job.rows <= 0 || job.columns <= 0 || job.layers_out <= 0) return 0;
+  if (job.path == kTransposedPath) return ceil_div(job.rows, kTile) * ceil_div(job.columns, kTile);
+  const int64_t width = job.path == kVectorPath ? kVector : 1;
+  return ceil_div(job.rows * (job.columns / width), kThreads);
+}
+
+// The kernel is compiled for these numbers of layers in registers; the least that holds a launch's jobs serves them.
+inline int mix_instance(int64_t layers_in) {
+  for (int instance : {8, 12, 16, 24}) {
+    if (layers_in <= instance) return instance;
+  }
+  return kMixMaxLayersIn;
+}
+
+inline int64_t mix_shared_bytes(int instance, int64_t layers_out) {
+  const int64_t tiles = 2 * kTile * (kTile + 1) * 4;  // two, so that one barrier a target is enough
+  return tiles + 4 * layers_out * instance;
+}
+
+// Puts `job` and its targets into `launch`. False: there is no room, launch what is there and begin anew.
+inline bool add_job(MixLaunch& launch, MixJob job, void* const* targets) {
+  const int64_t blocks = mix_blocks(job);
+  if (launch.count == kMaxJobs || launch.used + job.layers_out > kMaxTargets || launch.blocks + blocks > kMaxBlocks) {
+    return false;
+  }
+  if (blocks == 0) return true;
+  job.first_block = launch.blocks;
+  job.first_target = launch.used;
+  for (int32_t l = 0; l < job.layers_out; ++l) launch.targets[launch.used++] = targets[l];
+  launch.jobs[launch.count++] = job;
+  launch.blocks += blocks;
+  if (job.w && !is_deep(job)) {
+    if (job.layers_in > launch.layers_in) launch.layers_in = job.layers_in;
+    if (job.layers_out > launch.layers_out) launch.layers_out = job.layers_out;
+  }
+  return true;
+}
+
+GROWKIT_HD int32_t mix_job(const MixLaunch& launch, int64_t block) {
+  int32_t low = 0, high = launch.count - 1;  // the last job whose first block is not after this one
+  while (low < high) {
+    const int32_t middle = (low + high + 1) / 2;
+    if (launch.jobs[middle].first_block <= block) {
+      low = middle;
+    } else {
+      high = middle - 1;
+    }
+  }
+  return low;
+}
+
+struct Place {
+  int64_t row, column;
+  bool inside;
+};
+
+// Vector and scalar path: the first element of a thread. block counts from the job's own first one.
+GROWKIT_HD Place mix_place(const MixJob& job, int64_t block, int thread) {
+  const int64_t width = job.path == kVectorPath ? kVector : 1;
+  const int64_t item = block * kThreads + thread, per_row = job.columns / width;
+  Place place{0, item, item < job.rows * per_row};
+  if (job.rows > 1) divide(item, per_row, place.row, place.column);
+  place.column *= width;
+  return place;
+}
+
+// Transposed path: element `part` of a thread. along_rows: neighbours in a warp are neighbours in a column of the tile.
+GROWKIT_HD Place mix_tile_place(const MixJob& job, int64_t block, int thread, int part, bool along_rows) {
+  const int fast = thread % kTile, slow = thread / kTile + part * kTileRows;
+  Place place;
+  divide(block, ceil_div(job.columns, kTile), place.row, place.column);
+  place.row = place.row * kTile + (along_rows ? fast : slow);
+  place.column = place.column * kTile + (along_rows ? slow : fast);
+  place.inside = place.row < job.rows && place.column < job.columns;
+  return place;
+}
+
+// --- backward of the mix: Gm[l1] = sum_l2 w[l2, l1] G[l2] and dw[l2, l1] = <G[l2], U[l1]> in one pass over both
+
+constexpr int kMixMaxLayersBackward = 64;  // 4 x 4 results of dw per thread: 16 x 16 threads
+constexpr int kMicro = 4;
+constexpr int64_t kPartials = 1056;  // 8 blocks for each of the 132 multiprocessors of H100 and H200; fixed, so that
+                                     // the sums do not depend on the device
+
+struct MixBackwardPlan {
+  int64_t columns;  // of a tile: 64 or 128
+  int64_t pitch;    // floats from one layer of a tile to the next
+  int64_t tiles;
+  int64_t blocks;       // block b takes tiles b, b + blocks, ...
+  int64_t micro_tiles;  // 4 x 4 pieces of dw
+  int64_t lanes;        // threads that share a piece, each with every lanes-th column
+  int64_t shared_bytes;
+  int64_t workspace;  // floats: dw of each block
+};
+
+GROWKIT_HD int64_t padded_layers(int64_t layers) { return ceil_div(layers, kMicro) * kMicro; }
+
+inline MixBackwardPlan mix_backward_plan(int64_t layers_in, int64_t layers_out, int64_t elements) {
+  MixBackwardPlan plan;
+  const int64_t rows = padded_layers(layers_in) + padded_layers(layers_out);
+  plan.columns = rows <= 80 ? 128 : 64;
+  plan.pitch = plan.columns + (rows <= 80 ? 4 : 0);  // neighbouring pieces in different banks, where there is room
+  plan.tiles = ceil_div(elements, plan.columns);
+  plan.blocks = plan.tiles < kPartials ? plan.tiles : kPartials;
+  plan.micro_tiles = padded_layers(layers_in) / kMicro * (padded_layers(layers_out) / kMicro);
+  plan.lanes = plan.micro_tiles ? kThreads / plan.micro_tiles : 0;
+  const int64_t tile = rows * plan.pitch + padded_layers(layers_in) * layers_out;
+  const int64_t sums = plan.micro_tiles * plan.lanes * kMicro * kMicro;  // takes the place of the tiles at the end
+  plan.shared_bytes = 4 * (tile > sums ? tile : sums);
+  plan.workspace = plan.blocks * layers_in * layers_out;
+  return plan;
+}
+
+// --- gather: y[l, r, c] = x[layers[l], rows[r], columns[c]], one unit of memory per item
+
+constexpr int kGatherItems = 4;  // per thread, kThreads apart
+
+struct GatherPlan {
+  int64_t unit;  // bytes moved at a time
+  int64_t blocks;
+};
+
+// columns: of the result, in elements; whole: no column index, unit column strides and 16-byte aligned rows on both
+// sides.
+inline GatherPlan gather_plan(int64_t layers, int64_t rows, int64_t columns, int64_t element, bool whole) {
+  GatherPlan plan;
+  plan.unit = whole && columns * element % 16 == 0 ? 16 : element;
+  plan.blocks = ceil_div(layers * rows * (columns * element / plan.unit), kThreads * kGatherItems);
+  return plan;
+}
+
+struct GatherPlace {
+  int64_t layer, row, column;  // column in units
+};
+
+GROWKIT_HD int64_t gather_item(int64_t block, int thread, int part) {
+  return (block * kGatherItems + part) * kThreads + thread;
+}
+
+GROWKIT_HD GatherPlace gather_place(int64_t item, int64_t rows, int64_t columns) {
+  GatherPlace place;
+  int64_t line;
+  divide(item, columns, line, place.column);
+  divide(line, rows, place.layer, place.row);
+  return place;
+}
+
+// --- 3xTF32 split: [n, k, m] -> [n, 3k, m], three times the size of x, as one operand of a product over 3k
+
+struct SplitPlan {
+  int64_t width;  // elements per thread: 4 where n runs of k*m elements are aligned, else 1
+  int64_t blocks;
+};
+
+inline SplitPlan split_plan(int64_t n, int64_t k, int64_t m, bool runs) {
+  SplitPlan plan;
+  plan.width = runs && k * m % kVector == 0 ? kVector : 1;
+  plan.blocks = ceil_div(n * k * m / plan.width, kThreads);
+  return plan;
+}
+
+struct SplitPlace {
+  int64_t outer, inner;  // inner: within the k*m elements
+};
+
+GROWKIT_HD SplitPlace split_place(int64_t item, int64_t span, int64_t width) {
+  SplitPlace place;
+  divide(item * width, span, place.outer, place.inner);
+  return place;
+}
+
+// Where part 0, 1 or 2 of an element of x goes in the result.
+GROWKIT_HD int64_t split_target(const SplitPlace& place, int64_t span, int part) {
+  return (3 * place.outer + part) * span + place.inner;
+}
+
+}  // namespace growkit

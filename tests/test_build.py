@@ -1,0 +1,353 @@
+"""The CUDA extension as far as a machine without a GPU sees it: sources, setup.py, the compiled library, its plans."""
+
+import importlib.machinery
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import venv
+from pathlib import Path
+
+import pytest
+import setuptools
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import growkit.ops  # noqa: F401, for the schemas
+
+ROOT = Path(__file__).parents[1]
+SOURCE = ROOT / "csrc"
+STACK = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
+
+
+def nvcc_home():
+    """The CUDA toolkit's folder, or None."""
+    for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda-13.0", "/usr/local/cuda"):
+        if home and Path(home, "bin/nvcc").is_file():
+            return Path(home).resolve()
+    return None
+
+
+def lacking():
+    """What the compiled half of this file cannot do without and does not find, or None."""
+    if nvcc_home() is None:
+        return "no nvcc in CUDA_HOME or /usr/local/cuda"
+    if not shutil.which("ninja", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}"):
+        return "no ninja"
+    return None if importlib.util.find_spec("pybind11") else "no pybind11"
+
+
+needs_nvcc = pytest.mark.skipif(lacking() is not None, reason=str(lacking()))
+
+
+def run(*words, cwd, fails=False, **environment):
+    done = subprocess.run(
+        [str(word) for word in words], cwd=cwd, env=os.environ | environment, capture_output=True, text=True
+    )
+    assert (done.returncode != 0) == fails, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def checkout(folder):
+    """A copy of what setup.py reads, so that nothing is written into the checkout."""
+    source = folder / "source"
+    ignore = shutil.ignore_patterns("__pycache__", "*.so")
+    for name in ("csrc", "growkit", "kernels"):
+        shutil.copytree(ROOT / name, source / name, ignore=ignore)
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    return source
+
+
+def load(path):
+    """Import a compiled growkit._C under another name, whatever growkit itself has loaded."""
+    loader = importlib.machinery.ExtensionFileLoader("_C", str(path))
+    module = importlib.util.module_from_spec(importlib.util.spec_from_loader("_C", loader))
+    loader.exec_module(module)
+    return module
+
+
+# --- without a compiler ---
+
+
+def test_csrc_uses_only_the_stable_abi():
+    allowed = re.compile(r"torch/(headeronly|csrc/stable)/|cuda_|pybind11/|[a-z_]+$")
+    own = {path.name for path in SOURCE.iterdir()}
+    found = 0
+    for path in SOURCE.iterdir():
+        for name in re.findall(r'^\s*#\s*include\s*[<"]([^">]+)', path.read_text(), re.MULTILINE):
+            assert name in own or allowed.match(name), f"{path.name} includes {name}"
+            found += "torch/" in name
+    assert found  # the search sees what it is meant to see
+    for name in ("launch.h", "build.h", "bindings.cpp"):  # host code: no torch, no CUDA
+        assert not re.search(r"#\s*include\s*[<\"](torch|cuda)", (SOURCE / name).read_text()), name
+
+
+def test_schemas_stay_in_python():
+    code = "".join(path.read_text() for path in SOURCE.iterdir())
+    assert not re.search(r"STABLE_TORCH_LIBRARY(_FRAGMENT)?\(", code)
+    registered = set(re.findall(r'm\.impl\("(\w+)"', code))
+    assert registered == {"kron_mix_", "kron_mix_backward_", "kron_gather_", "tf32_split_"}
+    assert all(hasattr(torch.ops.growkit, name) for name in registered)
+
+
+def test_sums_use_no_float_atomics():
+    assert not any("atomicAdd" in path.read_text() for path in SOURCE.iterdir())
+
+
+# --- setup.py in throw-away environments ---
+
+
+@pytest.fixture(scope="module")
+def bare_python(tmp_path_factory):
+    """A venv that has setuptools and nothing else; tests lay stand-ins for torch and nvcc beside it."""
+    home = tmp_path_factory.mktemp("bare")
+    venv.create(home, symlinks=True)
+    here = Path(setuptools.__file__).parents[1]
+    site = home / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages"
+    for name in ("setuptools", "_distutils_hack", "pkg_resources"):
+        if (here / name).exists():
+            (site / name).symlink_to(here / name)
+    return home / "bin" / "python"
+
+
+NO_TORCH, CPU, CUDA_12, CUDA_13 = None, "None", "'12.8'", "'13.0'"
+
+
+@pytest.mark.parametrize(("torch_cuda", "nvcc", "environment", "outcome"), [
+    (NO_TORCH, True, {}, "no CUDA extension: torch is not installed"),
+    (CPU, True, {}, "no CUDA extension: torch 2.99 has no CUDA"),
+    (CPU, False, {}, "no CUDA extension: no nvcc"),
+    (CUDA_13, False, {}, "no CUDA extension: no nvcc"),
+    (CUDA_12, True, {}, "no CUDA extension: nvcc is of CUDA 13, torch 2.99 of CUDA 12.8"),
+    (CUDA_13, True, {}, None),
+    (CUDA_13, True, {"GROWKIT_SKIP_CUDA_BUILD": "1"}, "no CUDA extension: GROWKIT_SKIP_CUDA_BUILD=1"),
+    (CPU, True, {"GROWKIT_FORCE_CUDA": "1"}, None),
+    (CUDA_12, True, {"GROWKIT_FORCE_CUDA": "1"}, None),
+    (CPU, False, {"GROWKIT_FORCE_CUDA": "1"}, "GROWKIT_FORCE_CUDA=1, but: no nvcc"),
+    (NO_TORCH, True, {"GROWKIT_FORCE_CUDA": "1"}, "GROWKIT_FORCE_CUDA=1, but: torch is not installed"),
+    (CUDA_13, True, {"GROWKIT_FORCE_CUDA": "1", "GROWKIT_SKIP_CUDA_BUILD": "1"}, "but: GROWKIT_SKIP_CUDA_BUILD=1"),
+])  # fmt: skip
+def test_setup_decides_what_to_build_and_says_why(torch_cuda, nvcc, environment, outcome, bare_python, tmp_path):
+    source, modules = checkout(tmp_path), tmp_path / "modules"
+    if torch_cuda:
+        (modules / "torch").mkdir(parents=True)
+        (modules / "torch/__init__.py").write_text("__version__ = '2.99'\nfrom torch import version\n")
+        (modules / "torch/version.py").write_text(f"cuda = {torch_cuda}\n")
+        (modules / "pybind11").mkdir()
+        (modules / "pybind11/__init__.py").write_text("")
+    home = tmp_path / "cuda"
+    if nvcc:
+        (home / "bin").mkdir(parents=True)
+        (home / "bin/nvcc").write_text("#!/bin/sh\necho 'Cuda compilation tools, release 13.0, V13.0.88'\n")
+        (home / "bin/nvcc").chmod(0o755)
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/ninja").write_text("#!/bin/sh\n")
+    (tmp_path / "bin/ninja").chmod(0o755)
+    clean = {
+        name: "" for name in ("CUDA_PATH", "GROWKIT_FORCE_CUDA", "GROWKIT_SKIP_CUDA_BUILD", "GROWKIT_LOCAL_VERSION")
+    }
+    clean |= {"CUDA_HOME": str(home), "PYTHONPATH": str(modules), "PATH": f"{tmp_path / 'bin'}:/usr/bin:/bin"}
+    fails = outcome is not None and "but:" in outcome
+    # What setup() was told, without building anything: the tag of the wheel follows from it.
+    script = (
+        "import setuptools, runpy, sys\n"
+        "sys.argv = ['setup.py', '--name']\n"
+        "setuptools.setup = lambda **told: print('modules:', [m.name for m in told['ext_modules']])\n"
+        "runpy.run_path('setup.py')\n"
+    )
+    said = run(bare_python, "-c", script, cwd=source, fails=fails, **(clean | environment))
+    if outcome:
+        assert outcome in said
+    if not fails:
+        assert f"modules: {[] if outcome else ['growkit._C']}" in said
+
+
+def test_setup_refuses_a_wrong_arch_list(tmp_path):
+    script = "import runpy, setuptools; setuptools.setup = lambda **_: 0; f = runpy.run_path('setup.py')['code_flags']"
+    said = run(sys.executable, "-c", f"{script}; print(f('8.0;9.0a+PTX'))", cwd=ROOT, GROWKIT_SKIP_CUDA_BUILD="1")
+    assert "arch=compute_80,code=sm_80" in said and "arch=compute_90a,code=compute_90a" in said
+    for wrong in ("Hopper", ""):
+        said = run(sys.executable, "-c", f"{script}; f({wrong!r})", cwd=ROOT, fails=True, GROWKIT_SKIP_CUDA_BUILD="1")
+        assert f"TORCH_CUDA_ARCH_LIST: got {wrong!r}" in said
+
+
+# --- the host half: launch plans ---
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="no g++ on PATH")
+def test_index_arithmetic_on_the_host(tmp_path):
+    flags = "-std=c++17 -O1 -Wall -Wextra -Werror -fsanitize=undefined -fno-sanitize-recover=all".split()
+    run("g++", *flags, f"-I{SOURCE}", ROOT / "tests/launch_test.cpp", "-o", tmp_path / "launch_test", cwd=tmp_path)
+    assert int(run(tmp_path / "launch_test", cwd=tmp_path).split()[0]) > 10_000_000
+
+
+# What g++ cannot read of the kernels: the launch, dynamic shared memory, the one instruction written out.
+ON_HOST = (
+    (r"(\w+)<<<(.+?), kThreads, (.+?), stream>>>\(", r"host::launch(\1, \2, kThreads, \3, "),
+    (r"extern __shared__ float4 shared\[\];", "float4* const shared = host::shared;"),
+    (r'asm\("cvt\.rna.*', "std::memcpy(&bits, &v, 4); bits = (bits + 0x1000) & ~0x1fffu;"),
+)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="no g++ on PATH")
+def test_kernels_run_on_the_host(tmp_path):
+    """The kernels themselves, thread by thread: results, barriers, bounds of shared memory and of what is written."""
+    replaced = 0
+    for path in SOURCE.iterdir():
+        text = path.read_text()
+        for pattern, there in ON_HOST if path.suffix == ".cu" else ():
+            text, count = re.subn(pattern, there, text)
+            replaced += count
+        (tmp_path / path.name).write_text(text)
+    assert replaced == 5 + 2 + 1 and "<<<" not in "".join(path.read_text() for path in tmp_path.glob("*.cu"))
+    flags = "-std=c++17 -O2 -w -fsanitize=undefined -fno-sanitize-recover=all".split()
+    includes = [f"-I{ROOT / 'tests/cuda_on_host'}", f"-I{tmp_path}"]
+    run("g++", *flags, *includes, ROOT / "tests/kernels_test.cpp", "-o", tmp_path / "kernels_test", cwd=tmp_path)
+    assert int(run(tmp_path / "kernels_test", cwd=tmp_path).split()[0]) > 1_000_000
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """setup.py's own build for sm_80, sm_90, sm_100 beside whatever torch is here: the library and what nvcc said."""
+    source = checkout(tmp_path_factory.mktemp("cuda"))
+    said = run(
+        sys.executable, "setup.py", "build_ext", "--inplace", cwd=source, CUDA_HOME=str(nvcc_home()), MAX_JOBS="1",
+        GROWKIT_FORCE_CUDA="1", GROWKIT_SKIP_CUDA_BUILD="", TORCH_CUDA_ARCH_LIST="8.0;9.0;10.0",
+        NVCC_APPEND_FLAGS="-Xptxas -v", PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    )  # fmt: skip
+    (library,) = source.glob("growkit/_C*.so")
+    return library, said
+
+
+@pytest.fixture(scope="module")
+def plans(request, tmp_path_factory):
+    """growkit._C: the whole of it where nvcc is, else bindings.cpp alone."""
+    if not lacking():
+        return load(request.getfixturevalue("built")[0])
+    if not shutil.which("g++"):
+        pytest.skip("no nvcc and no g++")
+    pybind11 = pytest.importorskip("pybind11")
+    library = tmp_path_factory.mktemp("host") / "_C.so"
+    includes = [f"-I{folder}" for folder in (pybind11.get_include(), sysconfig.get_paths()["include"])]
+    flags = "-std=c++17 -O1 -fPIC -shared".split()
+    run("g++", *flags, *includes, SOURCE / "bindings.cpp", "-o", library, cwd=library.parent)
+    module = load(library)
+    assert not module.build_info()["kernels"]
+    return module
+
+
+layers, sizes = st.integers(1, 40), st.integers(0, 70)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    layers_in=layers, layers_out=layers, rows=sizes, columns=sizes, transposed=st.booleans(), pad=st.integers(0, 5),
+    misaligned=st.sampled_from((0, 4, 8)),
+)  # fmt: skip
+def test_mix_writes_every_element_once(plans, layers_in, layers_out, rows, columns, transposed, pad, misaligned):
+    pitch = columns + pad
+    problem = dict(
+        layers_in=layers_in, layers_out=layers_out, rows=rows, columns=columns, misaligned=misaligned,
+        x_strides=[rows * pitch, pitch, 1], y_strides=[1, rows + pad] if transposed else [pitch, 1],
+    )  # fmt: skip
+    plan = plans.mix_plan(**problem)
+    assert 0 <= plan["grid"] < 2**31 and plan["block"] <= 1024 and plan["workspace"] == 0
+    assert plan["shared_bytes"] <= 48 * 1024
+    assert plan["deep"] or plan["layers"] >= layers_in
+    assert plan["path"] != "vector" or misaligned == 0
+    written = [offset for block in range(plan["grid"]) for offset in plans.mix_offsets(**problem, block=block)]
+    r, c = problem["y_strides"]
+    assert sorted(written) == sorted(i * r + j * c for i in range(rows) for j in range(columns))
+
+
+@settings(max_examples=200, deadline=None)
+@given(layers_in=st.integers(0, 64), layers_out=st.integers(0, 64), elements=st.integers(0, 2**40))
+def test_mix_backward_stays_within_its_bounds(plans, layers_in, layers_out, elements):
+    plan = plans.mix_backward_plan(layers_in, layers_out, elements)
+    assert plan["shared_bytes"] <= 48 * 1024 and plan["block"] <= 1024
+    assert plan["grid"] <= 1056 and plan["tiles"] * plan["columns"] >= elements
+    assert plan["workspace"] == 4 * plan["grid"] * layers_in * layers_out <= 64 << 20
+    assert plan["pieces"] * plan["lanes"] <= plan["block"]
+
+
+@settings(max_examples=200, deadline=None)
+@given(n=st.integers(0, 2**12), k=st.integers(0, 2**14), m=st.integers(0, 2**12), flag=st.booleans(),
+       element=st.sampled_from((1, 2, 4, 8)))  # fmt: skip
+def test_gather_and_split_cover_their_results(plans, n, k, m, flag, element):
+    gather, split = plans.gather_plan(n, k, m, element, flag), plans.split_plan(n, k, m, flag)
+    assert gather["unit"] == (16 if flag and m * element % 16 == 0 else element)
+    assert gather["grid"] * gather["block"] * 4 * gather["unit"] >= n * k * m * element
+    assert (gather["grid"] - 1) * gather["block"] * 4 * gather["unit"] < max(1, n * k * m * element)
+    assert split["grid"] * split["block"] * split["width"] >= n * k * m
+    assert split["workspace"] == 12 * n * k * m
+
+
+def test_plans_refuse_nonsense(plans):
+    with pytest.raises(ValueError, match="layers must be 0 to 64"):
+        plans.mix_backward_plan(65, 1, 10)
+    with pytest.raises(ValueError, match="x_strides must be three"):
+        plans.mix_plan(1, 1, 2, 2, [1], [1, 1])
+    with pytest.raises(ValueError, match="must not be negative"):
+        plans.gather_plan(-1, 2, 2, 4, True)
+
+
+# --- the compiled half ---
+
+
+@needs_nvcc
+def test_kernels_compile_without_spills(built):
+    report = re.findall(
+        r"Compiling entry function '(\w+)' for '(sm_\d+)'\n(.*?)Used (\d+) registers", built[1], re.DOTALL
+    )
+    kernels = {re.search(r"(mix_backward|mix|gather|split|sum_partials)_kernel", name)[0] for name, *_ in report}
+    assert kernels == {"mix_kernel", "mix_backward_kernel", "gather_kernel", "split_kernel", "sum_partials_kernel"}
+    assert {arch for _, arch, *_ in report} == {"sm_80", "sm_90", "sm_100"}
+    assert len(report) == 3 * (5 + 9 + 5 + 2 + 1)
+    for name, arch, body, registers in report:
+        assert STACK.search(body).groups() == ("0", "0", "0"), f"{name} on {arch} spills: {body}"
+        assert int(registers) <= 255
+
+
+@needs_nvcc
+def test_library_needs_torch_and_not_the_cuda_runtime(built):
+    text = run("readelf", "-d", built[0], cwd=ROOT)
+    needed = set(re.findall(r"\(NEEDED\)\s+Shared library: \[([^\]]+)\]", text))
+    # libtorch.so brings libtorch_cuda.so where there is one, which the weak stream function is then found in.
+    assert "libtorch.so" in needed
+    assert not any("cudart" in name or "torch_cuda" in name or "torch_python" in name for name in needed)
+    symbols = run("nm", "-D", built[0], cwd=ROOT)
+    assert re.search(r"^\s+w aoti_torch_get_current_cuda_stream$", symbols, re.MULTILINE)
+    assert not re.search(r" T cuda", symbols)  # the static runtime is nobody else's
+    assert str(ROOT).encode() not in built[0].read_bytes()
+
+
+@needs_nvcc
+def test_library_loads_and_knows_its_build(built):
+    script = (
+        "import importlib.machinery, importlib.util, torch\n"
+        f"loader = importlib.machinery.ExtensionFileLoader('_C', {str(built[0])!r})\n"
+        "module = importlib.util.module_from_spec(importlib.util.spec_from_loader('_C', loader))\n"
+        "loader.exec_module(module)\n"
+        "facts = module.build_info()\n"
+        "assert facts['kernels'] and facts['archs'] == ['8.0', '9.0', '10.0'] and facts['torch'] == '2.10', facts\n"
+        "assert facts['stream_found'] == (torch.version.cuda is not None), facts\n"
+        "assert torch._C._dispatch_has_kernel_for_dispatch_key('growkit::kron_mix_', 'CUDA')\n"
+        "import growkit.ops\n"
+        "x = torch.ones(2, 3, 4)\n"
+        "out = torch.empty(2, 3, 4)\n"
+        "torch.ops.growkit.kron_mix_([out], [x], [torch.eye(2)], [x.new_empty(0)] * 2)\n"
+        "assert out.equal(x)  # CPU tensors still go to the reference\n"
+        "cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)\n"
+        "try:  # what a CUDA tensor would meet\n"
+        "    torch.ops.growkit.kron_mix_.default.redispatch(cuda, [out], [x], [torch.eye(2)], [x.new_empty(0)] * 2)\n"
+        "    raise SystemExit('a kernel took CPU tensors')\n"
+        "except RuntimeError as error:\n"
+        "    missing = torch.version.cuda is None\n"
+        '    assert ("kron_mix_: torch\'s CUDA library was not found" in str(error)) == missing, error\n'
+    )
+    run(sys.executable, "-c", script, cwd=built[0].parents[1])

@@ -1,0 +1,80 @@
+"""What the planner counts for known growths, and the panels that it cuts."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from growkit import pairs, plan
+
+T, G = 1e12, 1e9
+
+# Counted by hand for the blocks of four growths; floor in milliseconds at 4.3 TB/s.
+KNOWN = {
+    "bert-small-base": dict(
+        small=18.9e6, large=84.9e6, literal=1.74 * T, mix_first=290 * G, dense=131 * G, identity_top=45 * G,
+        floor=0.097, embeddings=24 * G,
+    ),
+    "gpt2-base-medium": dict(
+        small=84.9e6, large=302e6, literal=19.5 * T, mix_first=1628 * G, dense=761 * G, identity_top=196 * G,
+        floor=0.360, embeddings=81 * G,
+    ),
+    "gpt2-medium-xl": dict(
+        small=302e6, large=1.47e9, literal=238 * T, mix_first=9934 * G, dense=4.48 * T, identity_top=1.66 * T,
+        floor=1.65, embeddings=168 * G,
+    ),
+    "llama-1b-7b": dict(
+        small=1.13e9, large=6.48e9, literal=1447 * T, mix_first=65.9 * T, dense=38.3 * T, identity_top=19.1 * T,
+        floor=7.08, embeddings=1.07 * T,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_counts_of_known_pairs(name):
+    counts, known = pairs.count(pairs.PAIRS[name]), dict(KNOWN[name])
+    assert 1e3 * pairs.floor_seconds(counts) == pytest.approx(known.pop("floor"), rel=0.005)
+    for what, expected in known.items():
+        digits = 0.021 if expected in (45 * G, 24 * G, 81 * G) else 0.006  # half of the last digit given
+        assert getattr(counts, what) == pytest.approx(expected, rel=digits), what
+    assert counts.dense < counts.mix_first / 1.7 and counts.identity_top < counts.dense / 2
+
+
+def test_largest_stack_and_backward():
+    largest = [4 * pairs.count(pair).largest_stack / 1e9 for pair in pairs.PAIRS.values()]
+    assert largest == pytest.approx([0.0566, 0.2013, 0.983, 3.968], rel=0.001)  # GB in fp32
+    base_medium = pairs.count(pairs.PAIRS["gpt2-base-medium"])
+    assert base_medium.identity_top_backward == pytest.approx(261 * G, rel=0.004)
+
+
+def test_table_is_printed(capsys):
+    pairs.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[1:5]] == list(pairs.PAIRS)
+    assert "761 G" in lines[2] and "196 G" in lines[2] and "1.63 T" in lines[2]
+
+
+@given(size=st.integers(0, 20000), bytes_each=st.integers(0, 2**28))
+def test_panels_cover_a_range_within_their_bound(size, bytes_each):
+    panels = plan.panels(size, bytes_each)
+    assert [stop for _, stop in panels[:-1]] == [start for start, _ in panels[1:]]
+    assert not size or (panels[0][0], panels[-1][1]) == (0, size)
+    narrow = plan.PANEL_WIDTH * bytes_each > plan.PANEL_BYTES
+    for start, stop in panels:
+        assert start < stop
+        assert (stop - start) * bytes_each <= (plan.MEMORY_BYTES if narrow else plan.PANEL_BYTES)
+
+
+def test_panels_of_known_stacks():
+    # GPT-2 base to medium, MLP: 12 layers x 1024 floats a row: 426 rows are 20 MB, whole tiles of them 384
+    assert plan.panels(4096, 12 * 1024 * 4) == [(i, min(i + 384, 4096)) for i in range(0, 4096, 384)]
+    # LLaMA 1B to 7B: 256 rows would be 92 MB, so memory alone bounds them
+    assert plan.panels(11008, 22 * 4096 * 4)[0] == (0, 704)
+    assert plan.panels(10, 1) == [(0, 10)] and plan.panels(0, 5) == []
+
+
+def test_split_pays_only_where_products_outweigh_it():
+    def counted(m, n, k):
+        return plan.split_pays(m, n, k, m * k + k * n)
+
+    assert counted(12 * 768, 1024, 768) and counted(4096, 4096, 4096)
+    assert not counted(12 * 768, 16, 768) and not counted(100, 100, 8)
