@@ -11,17 +11,20 @@ again. Offsets are 64-bit throughout.
 """
 
 import array
+import functools
 from operator import attrgetter
 
 import torch
 import triton
 import triton.language as tl
 
-from growkit import kernels
+from growkit import kernels, reference
 
 CHUNK = 4096
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+CODES = {torch.uint8: tl.uint8, torch.int8: tl.int8}
+ROW = reference.CODES_PER_SCALE
 
 
 @triton.jit
@@ -53,7 +56,8 @@ class Lists:
 
     lists: {name: list of tensors}; a `TensorList` is checked again only when a tensor lies elsewhere than before.
     written: names of those the kernel writes. parameter, offset: what the random bits of each tensor are keyed by, for
-    a kernel that draws any.
+    a kernel that draws any. codes: {name of a list of 8-bit codes: name of the list of their scales, two for each ROW
+    elements of a tensor}.
     arguments: what every kernel takes first, (addresses, facts, chunks, T, C). chunks: C. dtypes: of each list, as the
     kernel names them.
 
@@ -63,7 +67,8 @@ class Lists:
     unequal lengths or numbers of elements and for more than one device or dtype per list.
     """
 
-    def __init__(self, op, lists, *, written=(), parameter=(), offset=()):
+    def __init__(self, op, lists, *, written=(), parameter=(), offset=(), codes=None):
+        codes = codes or {}
         addresses = [list(map(torch.Tensor.data_ptr, tensors)) for tensors in lists.values()]
         first, found = next(iter(lists.values())), []
         for (name, tensors), there in zip(lists.items(), addresses, strict=True):
@@ -73,11 +78,15 @@ class Lists:
                 if isinstance(tensors, kernels.TensorList):
                     tensors.known = known
             found.append(known)
-            if known.numel != found[0].numel:
-                pairs = enumerate(zip(known.numel, found[0].numel, strict=True))
+            allowed = CODES if name in codes else DTYPES
+            if known.dtype not in allowed:
+                raise TypeError(f"{op}: {name} is {known.dtype}, expected one of {', '.join(map(str, allowed))}")
+            numel = _scales(found[0].numel) if name in codes.values() else found[0].numel
+            if known.numel != numel:
+                pairs = enumerate(zip(known.numel, numel, strict=True))
                 k, (given, expected) = next((k, pair) for k, pair in pairs if pair[0] != pair[1])
                 raise ValueError(f"{op}: {name}[{k}] has {given} elements, expected {expected}")
-        self.dtypes = [DTYPES[each.dtype] for each in found]
+        self.dtypes = [(DTYPES | CODES)[each.dtype] for each in found]
         self._copies, self._tensors = [], None
         if not all(each.contiguous for each in found):
             self._tensors = self._dense(lists, written, numbered=bool(parameter))  # copies must live until the launch
@@ -133,6 +142,11 @@ _tables: dict = {}
 _captured: list = []
 
 
+@functools.lru_cache(_KEPT)
+def _scales(numel):
+    return tuple(2 * -(-n // ROW) for n in numel)
+
+
 class _Checked:
     """What the tensors of a list were found to be, all of one dtype and device."""
 
@@ -148,8 +162,6 @@ class _Checked:
                 f"{op}: {name}[{i}] is {tensors[i].dtype} on {tensors[i].device}, expected {self.dtype} on "
                 f"{self.device} as the first: one call per dtype and device"
             )
-        if self.dtype not in DTYPES:
-            raise TypeError(f"{op}: {name} is {self.dtype}, expected one of {', '.join(map(str, DTYPES))}")
         self.numel = tuple(map(torch.Tensor.numel, tensors))
         self.contiguous = all(map(torch.Tensor.is_contiguous, tensors))
         self.addresses = addresses

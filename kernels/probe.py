@@ -15,6 +15,7 @@ from growkit.kernels.philox import key, philox
 # A kernel takes the key of stream 0, and the second word xor one of these is that of the stream.
 PROBE, ROUNDING = tl.constexpr(reference.PROBE), tl.constexpr(reference.ROUNDING)
 CURVATURE_ROUNDING = tl.constexpr(reference.CURVATURE_ROUNDING)
+MOMENTUM_ROUNDING = tl.constexpr(reference.MOMENTUM_ROUNDING)
 
 BLOCK = 2048
 WARPS = 8

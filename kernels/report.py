@@ -4,13 +4,14 @@
 
 compiles each entry of VARIANTS in the modules of `growkit.kernels` (or in those named) and prints registers, local
 memory, double precision and, for the hot path, its memory accesses and instructions per element. Exits with 1 where
-something is not as it should be: an access of the hot path that is not 128 bits wide, local memory, a double precision
-instruction, more registers or instructions per element than the variant allows.
+something is not as it should be: an access of the hot path that is not 128 bits wide beyond those that the variant
+allows, local memory, a double precision instruction, more registers or instructions per element than it allows.
 
 VARIANTS is a list of dicts, the fields of `Variant`. The hot path is read off the machine code (SASS): of the innermost
-loops and straight pieces of code, the one that reads most bytes of global memory (writes, in a kernel that reads none).
-Elements per pass of it are those bytes divided by the bytes that the variant says an element takes, whatever the
-compiler unrolled. Padding is not counted; both sides of a branch inside the loop are.
+loops and straight pieces of code, the one that reads most bytes of global memory by 128-bit accesses, or by any where
+there are none (writes, in a kernel that reads none). Elements per pass of it are those bytes divided by the bytes that
+the variant says an element takes, whatever the compiler unrolled. Padding is not counted; both sides of a branch inside
+the loop are.
 """
 
 import argparse
@@ -42,6 +43,7 @@ class Variant(NamedTuple):
     reads: float = 0  # bytes of global memory per element of the hot path; without reads and writes there is none
     writes: float = 0
     instructions: float | None = None  # per element, at most
+    narrow: tuple = (0, 0)  # loads and stores of the hot path that have no need of 128 bits, at most
     aligned: tuple = ()  # arguments that are multiples of 16, as Triton's specialisation would find at launch
     options: dict = {}  # as given at launch: num_warps, enable_fp_fusion
 
@@ -81,11 +83,13 @@ def examine(module, variant, arch):
         count = found["instructions_per_element"] = round(len(hot) / elements, 2) if elements else None
         if count and variant.instructions and count > variant.instructions:
             problems.append(f"{count} instructions per element, {variant.instructions} allowed")
-        for kind, expected in (("load", variant.reads), ("store", variant.writes)):
+        for kind, expected, allowed in zip(
+            ("load", "store"), (variant.reads, variant.writes), variant.narrow, strict=True
+        ):
             sizes = [size for k, size in filter(None, map(_access, hot)) if k == kind]
             wide, narrow = sum(size >= 16 for size in sizes), sum(size < 16 for size in sizes)
-            found |= {f"{kind}s_128": wide, f"{kind}s_narrow": narrow}
-            if narrow or (expected and not wide):
+            found |= {f"{kind}s_128": wide, f"{kind}s_narrow": narrow, f"{kind}s_narrow_allowed": allowed}
+            if narrow > allowed or (expected and not wide + narrow):
                 problems.append(f"{wide} {kind}s of the hot path are 128 bits wide, {narrow} are narrower")
     if found["registers"] > variant.registers:
         problems.append(f"{found['registers']} registers, {variant.registers} allowed")
@@ -131,11 +135,13 @@ def _hot_path(code, kind):
     for first, last in [(a, b - 1) for a, b in zip(edges, edges[1:], strict=False)] + loops:
         piece = [word for a, (word, _) in code.items() if first <= a <= last]
         sizes = [size for k, size in filter(None, map(_access, piece)) if k == kind]
-        # Of the same bytes the wider accesses; the loop, not a piece of it; no long piece of code around few bytes.
-        rank = sum(sizes), -len(sizes), (first, last) in loops, -len(piece)
+        # By bytes of 128-bit accesses first: tables read at the start may be more than a few bfloat16 elements. Of the
+        # same bytes the wider accesses; the loop, not a piece of it; no long piece of code around few bytes.
+        wide = sum(size for size in sizes if size >= 16)
+        rank = wide, sum(sizes), -len(sizes), (first, last) in loops, -len(piece)
         if best is None or rank > best:
             best, hot = rank, piece
-    return hot, best[0]
+    return hot, best[1]
 
 
 COLUMNS = {

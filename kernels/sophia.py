@@ -23,11 +23,24 @@ PROGRAMS = None
 
 
 @triton.jit
-def _is_set(skip):
+def is_set(skip):
     if skip is None:
         return False
     else:
         return tl.load(skip) != 0
+
+
+@triton.jit
+def clipped_update(w, g, m, h, lr, decay, beta1, gain, rho_bs, eps, MAX: tl.constexpr):
+    """New w and m of blocks of float32, and |m| < d."""
+    m = tl.fma(g, gain, m * beta1)
+    if MAX:
+        d = tl.maximum(h * rho_bs, eps, propagate_nan=tl.PropagateNan.ALL)
+    else:
+        d = h * rho_bs + eps
+    u = tl.div_rn(m, d)
+    w = tl.fma(tl.clamp(u, -1.0, 1.0, propagate_nan=tl.PropagateNan.ALL), -lr, w * decay)
+    return w, m, tl.abs(u) < 1
 
 
 @triton.jit
@@ -44,20 +57,14 @@ def _update(
     h_ = tl.load(h + off, mask).to(tl.float32)
     if SCALED:
         g_ *= scale
-    m_ = tl.fma(g_, gain, m_ * beta1)
-    if MAX:
-        d = tl.maximum(h_ * rho_bs, eps, propagate_nan=tl.PropagateNan.ALL)
-    else:
-        d = h_ * rho_bs + eps
-    u = tl.div_rn(m_, d)
-    w_ = tl.fma(tl.clamp(u, -1.0, 1.0, propagate_nan=tl.PropagateNan.ALL), -lr, w_ * decay)
+    w_, m_, clear = clipped_update(w_, g_, m_, h_, lr, decay, beta1, gain, rho_bs, eps, MAX)
     tl.store(m + off, m_.to(m.dtype.element_ty), mask)
     if MASTER:
         tl.store(w + off, w_, mask)
     if STOCHASTIC:
         w_ = to_bfloat16(w_, halves(e0, parameter, time, k0, k1 ^ ROUNDING, FULL, BLOCK))
     tl.store(p + off, w_.to(p.dtype.element_ty), mask)
-    return tl.abs(u) < 1
+    return clear
 
 
 @triton.jit(do_not_specialize=["tensors", "count", "lr", "decay", "rho_bs", "time", "k0", "k1"])
@@ -67,7 +74,7 @@ def _sophia_step(
     P: tl.constexpr, G: tl.constexpr, M: tl.constexpr, H: tl.constexpr, MASTER: tl.constexpr,
     MAX: tl.constexpr, STOCHASTIC: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    if _is_set(skip):
+    if is_set(skip):
         return
     if lr_at is not None:
         lr = tl.load(lr_at).to(tl.float32)
@@ -154,7 +161,7 @@ def sophia_step_(
     stochastic = p[0].dtype == torch.bfloat16 and not master and seed is not None
     keys = {"parameter": parameter, "offset": offset} if stochastic else {}
     lists = multi_tensor.Lists("sophia_step_", lists, written=("p", "m", "master"), **keys)
-    (lr, lr_at), (rho_bs, rho_bs_at) = _host_or_device(lr), _host_or_device(rho_bs)
+    (lr, lr_at), (rho_bs, rho_bs_at) = host_or_device(lr), host_or_device(rho_bs)
     _launch(
         _sophia_step,
         lists,
@@ -167,8 +174,8 @@ def sophia_step_(
         eps,
         lr_at,
         rho_bs_at,
-        _there(scale, p[0].device),
-        _there(skip, p[0].device),
+        there(scale, p[0].device),
+        there(skip, p[0].device),
         unclipped,
         step if stochastic and step.is_cuda else None,
         int(step) if stochastic and not step.is_cuda else 0,
@@ -207,7 +214,7 @@ def _refresh(
     H: tl.constexpr, X: tl.constexpr, U: tl.constexpr,
     KIND: tl.constexpr, STOCHASTIC: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    if _is_set(skip):
+    if is_set(skip):
         return
     if scale is not None:
         gain *= tl.load(scale).to(tl.float32)
@@ -265,8 +272,8 @@ def _fold_lists(kind, lists, scale, skip, beta2, seed, refresh, parameter, offse
         lists,
         beta2,
         1 - beta2,
-        _there(scale, h[0].device),
-        _there(skip, h[0].device),
+        there(scale, h[0].device),
+        there(skip, h[0].device),
         refresh,
         *key(seed or 0, 0),
         *lists.dtypes,
@@ -309,12 +316,12 @@ def squared_norm(g):
     return partial.sum(dtype=torch.float64)
 
 
-def _host_or_device(x):
+def host_or_device(x):
     """(number, None), or (0, tensor) for a number that lies on the device."""
     return (0.0, x) if isinstance(x, torch.Tensor) and x.is_cuda else (float(x), None)
 
 
-def _there(x, device):
+def there(x, device):
     return x if x is None or x.device == device else x.to(device, non_blocking=True)
 
 

