@@ -95,7 +95,9 @@ class NinjaBuild(build_ext):
         includes = f"-isystem {torch_home}/include -isystem {cuda}/include"
         python = f"-isystem {pybind11.get_include()} -isystem {sysconfig.get_paths()['include']}"
         codes = code_flags(os.environ.get("TORCH_CUDA_ARCH_LIST") or ARCHS)
-        host = "-fPIC -fvisibility=hidden -g0 -Wall"
+        # No path of this machine ends up in the library's messages.
+        maps = f"-fmacro-prefix-map={torch_home}=torch -fmacro-prefix-map={pybind11.get_include()}=pybind11"
+        host = f"-fPIC -fvisibility=hidden -g0 -Wall {maps}"
         # --no-as-needed -ltorch: nothing here refers to libtorch.so, but with it libtorch_cuda.so comes along where
         # there is one, and the weak stream function of expand.cu is found.
         rules = f"""
@@ -119,7 +121,7 @@ rule link
         rules += f"build {target}: link {' '.join(map(str, objects))}\n"
         (work / "build.ninja").write_text(f"builddir = {work}\n{rules}")
         jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
-        # From here, so that no path of this machine ends up in the library's messages.
+        # From here, so that the sources' own paths are relative.
         subprocess.run(["ninja", "-f", str(work / "build.ninja"), *jobs], check=True, stdout=sys.stderr)
 
 

@@ -527,7 +527,7 @@ def memory(pair, device, tiny=False):
     heads = {"n_head": 2} if tiny else {"n_head": size.d1 // 64}, {"n_head": 3} if tiny else {"n_head": size.d2 // 64}
     configs = [
         GPT2Config(n_layer=layers, n_embd=width, n_inner=ffn, bos_token_id=0, eos_token_id=0, **head, **common)
-        for (layers, width, ffn), head in zip((size[:3], size[3:]), heads, strict=True)
+        for (layers, width, ffn), head in zip((size[:3], size[3:6]), heads, strict=True)
     ]
     small = GPT2LMHeadModel(configs[0]).to(device).eval()
     operator = LiGO(small, configs[1])
