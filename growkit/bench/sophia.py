@@ -117,6 +117,10 @@ MODELS = {
     "llama-1b": (llama_shapes, lambda: llama_shapes(2, 16, 24, 41)),
     "many-small": (lambda: [(1000,)] * 1000, lambda: [(100,)] * 50),
     "ragged": (lambda: [(n,) for n in PRIMES] * 16, lambda: [(n,) for n in PRIMES[:5]] * 2),
+    "gpt2-xl-coded": (
+        lambda: gpt2_shapes(48, 1600),
+        lambda: [(70, 64), (16, 300), (40,)],
+    ),  # codes from 4,096 elements on
     "gpt2-41m": (gpt2_shapes, lambda: gpt2_shapes(2, 16, 41, 8)),
 }
 UNALIGNED = ("ragged",)  # tensors that follow each other with no gap, as views of a bucket do
@@ -350,6 +354,47 @@ def update_mixed(form, model, device, tiny=False):
     optimizer.step()
     nbytes = lists.nbytes(moved.replace("w", "m"))
     return Case(optimizer.step, check, rows, bytes=nbytes)
+
+
+def update_8bit(model, device, tiny=False):
+    """`SophiaG.step()` with m and h in 8 bits, on the GPU's clock, against copy bandwidth and float32 m and h."""
+    lists = Lists(model, device, tiny)
+    narrow, wide = (_sophia(lists.parameters(), state_dtype=kind) for kind in ("8bit", torch.float32))
+
+    def states(key):
+        states = [narrow.state[p] for p in narrow.param_groups[0]["params"]]
+        return [reference.dequantise(s[key], s[scale]) if (scale := f"{key}_scale") in s else s[key] for s in states]
+
+    def check():
+        """p as float64 has it from the decoded state; m within a code's spacing, 3.4 decades/126 of 12 decades."""
+        narrow.step()
+        lists.renew("pg")
+        before = [t.double() for t in lists.p], [t.double() for t in states("exp_avg")], states("hessian")
+        narrow.step()
+        eps, lr = torch.finfo(torch.float32).eps, SCALARS["lr"]
+        for i, (p, m, h, g, after) in enumerate(zip(*before, lists.g, states("exp_avg"), strict=True)):
+            terms = eps * (m.abs() + g.double().abs())
+            reference.sophia_step_([p], [g.double()], [m], [h.double()], eps=1e-15, **SCALARS)
+            d = h.double() * SCALARS["rho_bs"] + 1e-15
+            _within(f"p[{i}]", lists.p[i], p, 4 * eps * p.abs() + lr * (8 * eps + 8 * terms / d).clamp(max=2))
+            _within(f"m[{i}]", after, m, 0.35 * m.abs() + 1e-11 * m.abs().amax() + 4 * terms)
+
+    def nbytes():
+        moved = {"exp_avg": 2, "exp_avg_scale": 2, "hessian": 1, "hessian_scale": 1}
+        return lists.nbytes("pgp") + sum(
+            times * s[key].nbytes for s in narrow.state.values() for key, times in moved.items() if key in s
+        )
+
+    def rows(rounds):
+        copy, copied = copy_pair(device, tiny)
+        contenders = {"growkit": narrow.step, "copy": copy, "float32": wide.step}
+        pairs = paired(contenders, "gpu", rounds, before=lambda _: lists.renew("g"))
+        return {
+            "S9.8bit.copy": pairs.ratio("copy", "growkit", nbytes() / copied),
+            "S9.8bit.time": pairs.ratio("growkit", "float32"),
+        }
+
+    return Case(narrow.step, check, rows, bytes=nbytes())
 
 
 def clip(model, device, tiny=False):
