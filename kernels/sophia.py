@@ -44,6 +44,22 @@ def clipped_update(w, g, m, h, lr, decay, beta1, gain, rho_bs, eps, MAX: tl.cons
 
 
 @triton.jit
+def present(lr, decay, weight_decay, rho_bs, lr_at, rho_bs_at, scale, step, time):
+    """lr, 1 - lr*weight_decay, rho*bs, the gradients' scale and the step, read from the device where it has them."""
+    if lr_at is not None:
+        lr = tl.load(lr_at).to(tl.float32)
+        decay = tl.fma(-lr, weight_decay, 1.0)
+    if rho_bs_at is not None:
+        rho_bs = tl.load(rho_bs_at).to(tl.float32)
+    s = 1.0
+    if scale is not None:
+        s = tl.load(scale).to(tl.float32)
+    if step is not None:
+        time = tl.load(step).to(tl.uint32)
+    return lr, decay, rho_bs, s, time
+
+
+@triton.jit
 def _update(
     p, g, m, h, w, mask, lr, decay, beta1, gain, rho_bs, eps, scale, e0, parameter, time, k0, k1,
     MAX: tl.constexpr, SCALED: tl.constexpr, STOCHASTIC: tl.constexpr, MASTER: tl.constexpr, FULL: tl.constexpr,
@@ -76,16 +92,7 @@ def _sophia_step(
 ):  # fmt: skip
     if is_set(skip):
         return
-    if lr_at is not None:
-        lr = tl.load(lr_at).to(tl.float32)
-        decay = tl.fma(-lr, weight_decay, 1.0)
-    if rho_bs_at is not None:
-        rho_bs = tl.load(rho_bs_at).to(tl.float32)
-    s = 1.0
-    if scale is not None:
-        s = tl.load(scale).to(tl.float32)
-    if step is not None:
-        time = tl.load(step).to(tl.uint32)
+    lr, decay, rho_bs, s, time = present(lr, decay, weight_decay, rho_bs, lr_at, rho_bs_at, scale, step, time)
     W: tl.constexpr = P if MASTER is None else MASTER
     off = tl.arange(0, BLOCK)
     below = 0

@@ -26,7 +26,7 @@ from growkit.kernels.probe import (
     signs,
     to_bfloat16,
 )
-from growkit.kernels.sophia import clipped_update, host_or_device, is_set, there
+from growkit.kernels.sophia import clipped_update, host_or_device, is_set, present, there
 
 # Blocks that a program handles at a time; as many warps, so that each has one.
 ROWS = 8
@@ -134,16 +134,7 @@ def _sophia_step_8bit(
 ):  # fmt: skip
     if is_set(skip):
         return
-    if lr_at is not None:
-        lr = tl.load(lr_at).to(tl.float32)
-        decay = tl.fma(-lr, weight_decay, 1.0)
-    if rho_bs_at is not None:
-        rho_bs = tl.load(rho_bs_at).to(tl.float32)
-    s = 1.0
-    if scale is not None:
-        s = tl.load(scale).to(tl.float32)
-    if step is not None:
-        time = tl.load(step).to(tl.uint32)
+    lr, decay, rho_bs, s, time = present(lr, decay, weight_decay, rho_bs, lr_at, rho_bs_at, scale, step, time)
     W: tl.constexpr = P if MASTER is None else MASTER
     LEVELS: tl.constexpr = 255 if H == tl.uint8 else 127
     t, number = chunk_of(chunks, count, tl.program_id(0))

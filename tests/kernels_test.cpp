@@ -5,6 +5,7 @@
 #include <random>
 #include <vector>
 
+#include "expect.h"
 #include "gather.cu"
 #include "mix.cu"
 #include "split.cu"
@@ -12,19 +13,6 @@
 using namespace growkit;
 
 static std::mt19937 generator(0);
-static int64_t checks = 0;
-
-#define EXPECT(condition, ...)                                    \
-  do {                                                            \
-    ++checks;                                                     \
-    if (!(condition)) {                                           \
-      std::printf("%s:%d: %s: ", __FILE__, __LINE__, #condition); \
-      std::printf(__VA_ARGS__);                                   \
-      std::printf("\n");                                          \
-      std::exit(1);                                               \
-    }                                                             \
-  } while (0)
-
 static std::vector<float> random_values(int64_t n) {
   std::uniform_real_distribution<float> uniform(-1, 1);
   std::vector<float> values(n);

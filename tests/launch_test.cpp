@@ -1,5 +1,6 @@
 // The kernels' index arithmetic, run on the host over odd shapes: every element of every result is written exactly
 // once.
+#include "expect.h"
 #include "launch.h"
 
 #include <algorithm>
@@ -8,19 +9,6 @@
 #include <vector>
 
 using namespace growkit;
-
-static int64_t checks = 0;
-
-#define EXPECT(condition, ...)                                    \
-  do {                                                            \
-    ++checks;                                                     \
-    if (!(condition)) {                                           \
-      std::printf("%s:%d: %s: ", __FILE__, __LINE__, #condition); \
-      std::printf(__VA_ARGS__);                                   \
-      std::printf("\n");                                          \
-      std::exit(1);                                               \
-    }                                                             \
-  } while (0)
 
 static void* address(int64_t n) { return reinterpret_cast<void*>(n); }
 
