@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from growkit import ops, reference
 from growkit.bench.sophia import official_step
+from growkit.reference import blocks
 
 BLOCK = 64
 LR, BETA1, RHO_BS, EPS, DECAY = 1e-2, 0.965, 0.05 * 1024, 1e-15, 0.2
@@ -21,7 +22,7 @@ KEY = {"seed": 3, "refresh": 5}
 
 @pytest.fixture
 def small_block(monkeypatch):
-    monkeypatch.setattr(reference, "BLOCK", BLOCK)
+    monkeypatch.setattr(blocks, "BLOCK", BLOCK)
 
 
 def operands(shape, dtype=torch.float32, seed=0):
@@ -78,8 +79,8 @@ def test_step_walks_mixed_layouts_and_channels_last(small_block):
 
 
 def test_step_is_the_official_op_sequence_at_the_real_block_size():
-    assert reference.BLOCK > 0
-    for size in (reference.BLOCK - 1, reference.BLOCK, 2 * reference.BLOCK + 17):
+    assert blocks.BLOCK > 0
+    for size in (blocks.BLOCK - 1, blocks.BLOCK, 2 * blocks.BLOCK + 17):
         expected = operands(size)
         ours = [t.clone() for t in expected]
         official_step(*expected, **OFFICIAL)
@@ -283,7 +284,7 @@ def rademacher(shape, dtype=torch.float32, parameter=7, offset=0, **key):
 def test_rademacher_is_the_same_for_any_block_offset_and_dtype(monkeypatch):
     whole = rademacher(5003)
     assert set(whole.tolist()) == {1.0, -1.0}
-    monkeypatch.setattr(reference, "BLOCK", 100)
+    monkeypatch.setattr(blocks, "BLOCK", 100)
     assert torch.equal(rademacher(5003), whole)
     for dtype in (torch.float64, torch.bfloat16):
         assert torch.equal(rademacher(5003, dtype).float(), whole)
@@ -329,7 +330,7 @@ def test_rounding_bits_of_a_shard_are_those_of_the_whole(monkeypatch):
         part = [t[first:stop].clone() for t in (p, g, m, h)]
         rounded_step(*part, offset=[first])
         shards.append(part[0])
-    monkeypatch.setattr(reference, "BLOCK", 77)
+    monkeypatch.setattr(blocks, "BLOCK", 77)
     rounded_step(p, g, m, h)
     assert torch.equal(torch.cat(shards), p)
 
@@ -367,7 +368,7 @@ def test_refresh_scale_and_skip():
 
 @pytest.mark.parametrize("block", [BLOCK, 1 << 17])
 def test_sampled_labels_follow_the_softmax(block, monkeypatch):
-    monkeypatch.setattr(reference, "BLOCK", block)
+    monkeypatch.setattr(blocks, "BLOCK", block)
     rows, z = 20000, torch.tensor([0.3, -1.0, 2.0, -math.inf, 0.0, 1.5, -math.inf])
     _, labels, _ = ops.sampled_nll(z.expand(rows, -1), **KEY)
     expected = z.softmax(-1) * rows
@@ -386,7 +387,7 @@ def test_sampled_labels_follow_the_softmax(block, monkeypatch):
 def test_sampled_labels_depend_on_the_global_row_alone(monkeypatch):
     z = torch.randn(50, 11)
     _, labels, _ = ops.sampled_nll(z, **KEY)
-    monkeypatch.setattr(reference, "BLOCK", 11)
+    monkeypatch.setattr(blocks, "BLOCK", 11)
     parts = [ops.sampled_nll(z[a:b], **KEY, row=a)[1] for a, b in [(0, 20), (20, 21), (21, 50)]]
     assert torch.equal(torch.cat(parts), labels)
     assert not torch.equal(ops.sampled_nll(z, seed=3, refresh=6)[1], labels)
@@ -396,7 +397,7 @@ def test_sampled_labels_depend_on_the_global_row_alone(monkeypatch):
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_sampled_nll_is_cross_entropy_of_its_labels(dtype, masked, monkeypatch):
-    monkeypatch.setattr(reference, "BLOCK", 40)
+    monkeypatch.setattr(blocks, "BLOCK", 40)
     z = (3 * torch.randn(33, 17)).to(dtype).requires_grad_()
     mask = torch.arange(33) % 3 != 0 if masked else None
     nll, labels, lse = ops.sampled_nll(z, mask, **KEY)
