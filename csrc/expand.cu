@@ -1,5 +1,5 @@
 // Entry points: each takes a schema's arguments apart, checks them, plans and launches. Registered for the CUDA key of
-// ops whose schemas growkit/ops.py defines; importing this library before them is harmless.
+// ops whose schemas growkit/ops/kron.py defines; importing this library before them is harmless.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>

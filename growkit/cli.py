@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 
 import growkit
-from growkit import expand, kernels, ops
+from growkit import kernels, ops
+from growkit.kron import expand
 
 # package, how to get it, what it is for
 OPTIONAL = (

@@ -6,7 +6,9 @@ from pathlib import Path
 import torch
 
 import growkit
-from growkit import expand, ops, pairs, plan
+from growkit import ops
+from growkit.bench import pairs
+from growkit.kron import expand, plan
 
 kind = sys.argv[1]
 here = Path(growkit.__file__).parent

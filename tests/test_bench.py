@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from growkit import cli, expand, ops, plan
+from growkit import cli, ops
 from growkit.bench import expansion, instructions, measure, sophia, table
+from growkit.kron import expand, plan
 
 ROOT = Path(__file__).parents[1]
 
@@ -380,7 +381,7 @@ def test_a_slowed_kernel_fails_and_nothing_passes_in_silence(tmp_path):
 
     slow = tmp_path / "slow.py"
     slow.write_text(
-        "from growkit import expand\n"
+        "from growkit.kron import expand\n"
         "forward = expand.forward\n"
         "def three_times(*arguments):\n"
         "    forward(*arguments), forward(*arguments)\n"

@@ -6,7 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import growkit
-from growkit import expand, ops, plan
+from growkit import ops
+from growkit.kron import expand, plan
+from growkit.ops import kron
 
 KINDS = (None, "dense", "identity_top", "copy")
 
@@ -262,7 +264,7 @@ def test_shapes_have_the_orders_that_they_are_for():
     orders = []
     for shape in SHAPES.values():
         W, B, A, w, options = _case("identity_top", "identity_top", **shape)
-        orders.append(ops._kron_order(W, B, A, w, *options.values()))
+        orders.append(kron._kron_order(W, B, A, w, *options.values()))
     assert orders == ["DBA", "BAD", "ABD"]
 
 
@@ -344,10 +346,10 @@ def test_expansion_into_checks_everything_before_it_writes(change, message):
 
 
 def test_modules_that_share_a_map_are_one_stack(monkeypatch):
-    monkeypatch.setattr(ops, "_stacks", lambda W, M, step: True)
+    monkeypatch.setattr(kron, "_stacks", lambda W, M, step: True)
     calls = []
     expand_one = ops.kron_expand
-    monkeypatch.setattr(ops, "kron_expand", lambda W, *x, **y: calls.append(W.shape) or expand_one(W, *x, **y))
+    monkeypatch.setattr(kron, "kron_expand", lambda W, *x, **y: calls.append(W.shape) or expand_one(W, *x, **y))
     parts = []
     A = torch.randn(8, 16, dtype=torch.float64, requires_grad=True)
     for kind in ("identity_top", "identity_top", "dense", "copy", None):

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from growkit import expand, ops, pairs, plan, reference
+from growkit import ops, reference
+from growkit.bench import pairs
+from growkit.kron import expand, plan
 
 pytestmark = pytest.mark.gpu
 

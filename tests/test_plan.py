@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from growkit import pairs, plan
+from growkit.bench import pairs
+from growkit.kron import plan
 
 T, G = 1e12, 1e9
 

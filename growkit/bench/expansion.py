@@ -9,12 +9,13 @@ from typing import NamedTuple
 
 import torch
 
-from growkit import ops, plan
+from growkit import ops
 from growkit.bench.measure import Case, Value, attempt, matmul_precision, paired, poisoned, temporaries, with_detail
+from growkit.bench.pairs import PAIRS as SIZES
+from growkit.bench.pairs import Pair
 from growkit.bench.sophia import copy_pair
 from growkit.growth import LiGO
-from growkit.pairs import PAIRS as SIZES
-from growkit.pairs import Pair
+from growkit.kron import plan
 
 
 class Module(NamedTuple):

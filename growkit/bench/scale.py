@@ -8,8 +8,8 @@ Times are floors: bytes over a copy's bandwidth, FLOPs over a peak rate. H200 ho
 import math
 from typing import NamedTuple
 
-from growkit import plan
 from growkit.bench import sophia
+from growkit.kron import plan
 
 # Assumed, not measured: the copy bandwidth of one H200 (read and write, bytes/s) and the dense peaks of its datasheet.
 H200 = {"copy": 4.3e12, "fp32": 67e12, "tf32": 494e12}

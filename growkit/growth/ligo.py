@@ -9,9 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from growkit import ops, plan
+from growkit import ops
 from growkit.growth.architectures import FAMILIES
 from growkit.growth.spaces import HeadStructured, Identity, IdentityTop
+from growkit.kron import plan
 
 STARTS = ("lossless", "closest", "official")
 

@@ -1,11 +1,11 @@
-"""Four growths that expansion is judged by, and what the planner counts for each: `python -m growkit.pairs`.
+"""Four growths that expansion is judged by, and what the planner counts for each: `python -m growkit.bench.pairs`.
 
 Counts are of the weights of the blocks; embeddings are one plain product each. No figure here is a measurement.
 """
 
 from typing import NamedTuple
 
-from growkit import plan
+from growkit.kron import plan
 
 
 class Pair(NamedTuple):

@@ -10,7 +10,8 @@ import functools
 
 import torch
 
-from growkit import plan, reference
+from growkit import reference
+from growkit.kron import plan
 
 try:
     import growkit._C as _C
