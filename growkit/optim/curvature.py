@@ -1,97 +1,14 @@
-"""Curvature estimates and their schedule: when a refresh is due, on which batch, and how it leaves no other trace.
+"""Curvature estimates, left in `.grad` for the optimizer to fold into `h`.
 
-Estimators leave their result in `.grad`: the gradient of the sampled-label loss (GNB), or the Hessian-vector product
-(Hutchinson). The optimizer's `update_hessian` folds it into `h`.
+The gradient of the sampled-label loss (GNB), or the Hessian-vector product (Hutchinson).
 """
 
-import contextlib
 from collections import defaultdict
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from growkit import ops
-
-
-def is_due(group):
-    """Whether a refresh follows the next step: after 1, 1+k, 1+2k, ... ("paper") or k, 2k, ... ("official")."""
-    every = group["every"] or 10
-    return (int(group["steps"]) + 1) % every == (1 % every if group["phase"] == "paper" else 0)
-
-
-class Attachment:
-    """Remembers the model's last training inputs, so that the optimizer can run a refresh by itself."""
-
-    def __init__(self, optimizer, model, options):
-        self.optimizer, self.model, self.options = optimizer, model, options
-        self.inputs = self.autocast = None
-        self._hook = model.register_forward_pre_hook(self._remember, with_kwargs=True)
-
-    def __getstate__(self):
-        """A copy or a file of the model carries the hook, but neither the optimizer nor a batch: it does nothing."""
-        return {"optimizer": None, "inputs": None}
-
-    def _remember(self, model, args, kwargs):
-        if self.optimizer is None:
-            return
-        if model.training and torch.is_grad_enabled() and not self.optimizer._refreshing:
-            self.inputs = args, kwargs
-            device = next(model.parameters()).device.type
-            self.autocast = {
-                "device_type": device,
-                "dtype": torch.get_autocast_dtype(device),
-                "enabled": torch.is_autocast_enabled(device),
-            }
-
-    def refresh(self):
-        with torch.autocast(**self.autocast):
-            run(self.optimizer, self.model, [self.inputs], **self.options)
-
-    def remove(self):
-        self._hook.remove()
-
-
-def as_call(batch):
-    """A batch as (args, kwargs) of the model: a dict is passed by keyword, a tuple or list by position."""
-    if isinstance(batch, dict):
-        return (), batch
-    return (tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)), {}
-
-
-def run(optimizer, model, calls, **options):
-    """Estimate the curvature on `calls` (list of (args, kwargs)) and fold it into the optimizer's `h`.
-
-    Training gradients, buffers that a forward changes (BatchNorm) and the random state are as before afterwards.
-    """
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        if torch.distributed.get_world_size() > 1:
-            raise RuntimeError("curvature refresh: not supported over more than one process in this version")
-    optimizer._refreshing = True
-    try:
-        with _undisturbed(model, optimizer), torch.enable_grad():
-            count = optimizer._estimate(model, calls, optimizer._refresh_key(), **options)
-            optimizer._fold(count)
-    finally:
-        optimizer._refreshing = False
-
-
-@contextlib.contextmanager
-def _undisturbed(model, optimizer):
-    params = list(dict.fromkeys([*model.parameters(), *(p for g in optimizer.param_groups for p in g["params"])]))
-    grads = [p.grad for p in params]
-    # Kept and restored without asking whether they changed: BatchNorm does not count its writes in `_version`.
-    buffers = [(m, k, b, b.clone()) for m in model.modules() for k, b in m._buffers.items() if b is not None]
-    with torch.random.fork_rng(devices={p.device.index for p in params if p.is_cuda}):
-        try:
-            for p in params:
-                p.grad = None
-            yield
-        finally:
-            for p, grad in zip(params, grads, strict=True):
-                p.grad = grad
-            with torch.no_grad():
-                for module, name, buffer, value in buffers:
-                    module._buffers[name] = buffer.copy_(value)
 
 
 def gnb(model, calls, key, *, logits=None, mask=None, loss=None):

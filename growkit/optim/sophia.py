@@ -1,21 +1,19 @@
-"""SophiaG and SophiaH as torch optimizers: parameter groups, state, one op call per bucket of equal dtypes and device.
+"""SophiaG and SophiaH as torch optimizers: their equations and arguments, and what a step does.
 
-The update and the refreshes are `growkit.ops`; when to refresh, and on what, is `growkit.optim.curvature`.
+The update and the refreshes are `growkit.ops`, called once per bucket (`buckets`) on state (`state`). When to refresh,
+and on what, is `attach`; how, `curvature`.
 """
 
 import warnings
-from collections import defaultdict
-from itertools import accumulate, repeat
-from operator import attrgetter, is_, is_not, itemgetter
 
 import torch
 from torch.optim import Optimizer
 
-from growkit import kernels, ops, reference
+from growkit import kernels, ops
 from growkit.optim import curvature
-
-# Smaller tensors keep float32 state beside 8-bit state, as in bitsandbytes: norms and biases, which would save nothing.
-_CODED_FROM = 4096
+from growkit.optim.attach import Attachment, after_step, as_call, is_due, run
+from growkit.optim.buckets import Buckets, as_real
+from growkit.optim.state import check_file, complete_groups, convert, of_file, share_steps
 
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64, torch.complex128)
 
@@ -45,7 +43,7 @@ class _Sophia(Optimizer):
         self._unclipped = {}  # device -> (elements not clipped in the last counted step, a tensor; elements counted)
         self._skipped = 0
         self._skipped_steps = {}  # device -> count, a tensor; a dict, for torch 2.10 traces no assignment to attributes
-        self._kept = {}  # what _buckets keeps from call to call
+        self._buckets = Buckets(type(self).__name__, self._curvature_codes)
         self._reported = None  # copies of both for the host, made at a refresh and read at the next one
         self._all_clipped = False
         self._warned = set()
@@ -119,112 +117,7 @@ class _Sophia(Optimizer):
             self._warned.add(key)
             warnings.warn(message, stacklevel=3)
 
-    # --- state ---
-
-    def _ensure_state(self, group):
-        """Make the state of each parameter that has a gradient. `step` is one tensor, shared by the whole group."""
-        known = [self.state[p]["step"] for p in group["params"] if "step" in self.state.get(p, ())]
-        present = [p for p in group["params"] if p.grad is not None]
-        if not known and present:
-            known = [torch.zeros((), device=present[0].device if group["capturable"] else "cpu")]
-        for p in present:
-            state = self.state[p]
-            if not state:
-                state["step"] = known[0]
-                if _is_coded(p, group):
-                    state |= self._coded({"exp_avg": torch.zeros_like(p), "hessian": torch.zeros_like(p)})
-                else:
-                    dtype = {"dtype": _state_dtype(p, group), "memory_format": torch.preserve_format}
-                    state["exp_avg"], state["hessian"] = torch.zeros_like(p, **dtype), torch.zeros_like(p, **dtype)
-            if _has_master(p, group) and "master" not in state:
-                state["master"] = p.detach().to(torch.float32, copy=True)
-
-    def _coded(self, values):
-        """{"exp_avg": codes, "exp_avg_scale": scales, ...} for {"exp_avg": floats, ...}, to nearest."""
-        result = {}
-        for key, x in values.items():
-            dtype = torch.int8 if key == "exp_avg" else self._curvature_codes
-            codes = result[key] = torch.zeros(x.shape, dtype=dtype, device=x.device)
-            blocks = -(-x.numel() // reference.CODES_PER_SCALE)
-            scale = result[key + "_scale"] = torch.zeros(blocks, 2, device=x.device)
-            reference.quantise_(codes, scale, x.float())
-        return result
-
-    def _prepare(self):
-        """[(group, its buckets)], all state made. Raises for whatever a step could not use, before anything changes."""
-        firsts = accumulate((len(group["params"]) for group in self.param_groups), initial=0)
-        groups = list(zip(firsts, self.param_groups, strict=False))
-        prepared = [(group, self._buckets(first, group)) for first, group in groups]
-        for i, (first, group) in enumerate(groups):
-            if not all(bucket["complete"] for bucket in prepared[i][1]):
-                self._ensure_state(group)
-                prepared[i] = group, self._buckets(first, group)
-        return prepared
-
-    def _buckets(self, first, group):
-        """Lists {"p", "g", "exp_avg", "hessian", "master", "parameter"} of those parameters that have a gradient.
-
-        8-bit state has the lists "exp_avg_scale" and "hessian_scale", too. One bucket per device, dtype, gradient dtype
-        and kind of state, complex tensors as real. "parameter" holds indices among all parameters, of which `first` is
-        the group's first. Everything but gradients is kept from call to call, and checked again only when a parameter's
-        address, a gradient's shape or dtype, or a state tensor is another.
-        """
-        params = group["params"]
-        grads = [p.grad for p in params]
-        if torch.compiler.is_compiling():
-            buckets = self._sort(first, group, grads, [self.state.get(p) for p in params])
-        else:
-            there = grads if all(map(is_not, grads, repeat(None))) else [g for g in grads if g is not None]
-            kinds = (
-                len(there) if there is grads else [g is None for g in grads],
-                list(map(attrgetter("shape"), there)),
-                list(map(attrgetter("dtype"), there)),
-                list(map(attrgetter("layout"), there)),
-                list(map(torch.Tensor.data_ptr, params)),
-            )
-            kept = self._kept.get(first)
-            if kept is None or kept.kinds != kinds or not kept.holds(self.state):
-                states = [self.state.get(p) for p in params]
-                self._kept[first] = kept = _Kept(kinds, self.state, self._sort(first, group, grads, states))
-            buckets = kept.buckets
-        return [{**bucket, "g": _gradients(bucket, grads, first)} for bucket in buckets]
-
-    def _sort(self, first, group, grads, states):
-        buckets = defaultdict(lambda: defaultdict(list))
-        for i, (p, g, state) in enumerate(zip(group["params"], grads, states, strict=True), first):
-            if g is None:
-                continue
-            if g.layout != torch.strided:
-                raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
-            # While it traces, torch.compile sets capturable itself.
-            if group["capturable"] and not p.is_cuda and not torch.compiler.is_compiling():
-                raise RuntimeError(f"capturable=True: parameter {i} is on {p.device}, expected a CUDA device")
-            tensors = {k: t for k, t in (state or {}).items() if k != "step"}
-            elementwise = {k: [t] for k, t in tensors.items() if not k.endswith("_scale")}
-            ops.check_alike(type(self).__name__, [p], grad=[g], **elementwise)
-            coded = "exp_avg_scale" in tensors if tensors else _is_coded(p, group)
-            needed = ["exp_avg", "hessian"]
-            if coded:
-                needed += ["exp_avg_scale", "hessian_scale"]
-                if tensors:
-                    self._check_coded(p, tensors)
-            if _has_master(p, group):
-                needed += ["master"]
-            bucket = buckets[p.device, p.dtype, g.dtype, coded]
-            bucket["states"].append(state)
-            bucket["parameter"].append(i)
-            bucket["p"].append(_real(p))
-            bucket["step"] = (state or {}).get("step")
-            bucket["complete"] = bucket.get("complete", True) and all(name in tensors for name in needed)
-            for name in needed:
-                if name in tensors:
-                    bucket[name].append(_real(tensors[name]))
-        return buckets.values()
-
-    def _check_coded(self, p, state):
-        dtypes = {"exp_avg": (torch.int8,), "hessian": (torch.uint8, torch.int8)}
-        pairs = {key: ([state[key]], [state[key + "_scale"]]) for key in dtypes}
-        ops.check_coded(type(self).__name__, [p], dtypes, **pairs)
+    # --- files ---
 
     def load_state_dict(self, state_dict):
         """Load a state dict of this class or of the official Sophia, old files with `gamma` included.
@@ -237,8 +130,9 @@ class _Sophia(Optimizer):
         loaded = {}
 
         def complete(_, state_dict):
-            self._check_state(state_dict)
-            loaded.update(state_dict, param_groups=self._completed_groups(state_dict["param_groups"]))
+            check_file(type(self).__name__, self.param_groups, state_dict)
+            groups = complete_groups(self.param_groups, state_dict["param_groups"], self.defaults)
+            loaded.update(state_dict, param_groups=groups)
             return loaded
 
         # Registered last, so that it sees what the user's own hooks make of the file.
@@ -248,59 +142,9 @@ class _Sophia(Optimizer):
         finally:
             hook.remove()
         group_of = {p: group for group in self.param_groups for p in group["params"]}
-        for p, state in self._pairs(loaded).values():
+        for p, own in of_file(self.param_groups, loaded).values():
             others = {key: value for key, value in self.state[p].items() if not key.endswith("_scale")}
-            self.state[p] = {**others, **self._converted(p, group_of[p], state)}
-
-    def _converted(self, p, group, state):
-        """The tensors of a loaded state as copies on the parameter's device, in the form that this optimizer keeps."""
-        state = {k: t.to(p.device, copy=True) for k, t in state.items() if k != "step" and torch.is_tensor(t)}
-        scales = {k: state.pop(k + "_scale", None) for k in ("exp_avg", "hessian")}
-        for (key, scale), codes in zip(scales.items(), (torch.int8, self._curvature_codes), strict=True):
-            if _is_coded(p, group) and scale is not None and state[key].dtype == codes:
-                state[key + "_scale"] = scale
-                continue
-            x = state[key] if scale is None else reference.dequantise(state[key], scale)
-            state |= self._coded({key: x}) if _is_coded(p, group) else {key: x.to(_state_dtype(p, group))}
-        return {k: t.float() if k == "master" else t for k, t in state.items()}
-
-    def _completed_groups(self, groups):
-        groups = [dict(group) for group in groups]
-        for own, group in zip(self.param_groups, groups, strict=False):
-            for key in ("bs", "rho"):
-                if key not in group and not (key == "rho" and "gamma" in group):
-                    warnings.warn(f"the loaded file has no {key}: keeping {key}={own[key]}", stacklevel=5)
-            if not group.get("every"):
-                group |= {"every": own["every"], "phase": own["phase"]}
-            for key in self.defaults:
-                group.setdefault(key, own[key])
-            group["state_dtype"] = own["state_dtype"] or group["state_dtype"]
-            for key in ("steps", "refreshes"):
-                group[key] = torch.as_tensor(group[key]).clone()
-            if "gamma" in group:
-                group["rho"] = group.pop("gamma") / group["bs"]
-        return groups
-
-    def _pairs(self, state_dict):
-        """{index in the file: (parameter, its state in the file)}, of those that have state."""
-        indices = [i for group in state_dict["param_groups"] for i in group["params"]]
-        params = [p for group in self.param_groups for p in group["params"]]
-        state = state_dict["state"]
-        return {i: (p, state[i]) for i, p in zip(indices, params, strict=False) if state.get(i)}
-
-    def _check_state(self, state_dict):
-        for i, (p, state) in self._pairs(state_dict).items():
-            needed = {"step", "exp_avg", "hessian"}
-            coded = {key for key in state if key.endswith("_scale")}
-            if missing := (needed | {"exp_avg_scale", "hessian_scale"} if coded else needed) - state.keys():
-                raise ValueError(f"state of parameter {i} has {sorted(state)}, expected {sorted(missing)} as well")
-            if coded:
-                self._check_coded(state["exp_avg"], state)
-            for key, value in state.items():
-                if key not in {"step", *coded} and torch.is_tensor(value) and value.shape != p.shape:
-                    raise ValueError(
-                        f"state {key} of parameter {i} has shape {tuple(value.shape)}, expected {tuple(p.shape)}"
-                    )
+            self.state[p] = {**others, **convert(p, group_of[p], own, self._curvature_codes)}
 
     def __setstate__(self, state):
         super().__setstate__(state)
@@ -309,17 +153,8 @@ class _Sophia(Optimizer):
         for group in self.param_groups:
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
-        self._kept.clear()
-        self._share_steps()
-
-    def _share_steps(self):
-        for group in self.param_groups:
-            states = [self.state[p] for p in group["params"] if "step" in self.state.get(p, ())]
-            if states:
-                place = group["params"][0].device if group["capturable"] else "cpu"
-                step = torch.tensor(max(float(s["step"]) for s in states), device=place)
-                for s in states:
-                    s["step"] = step
+        self._buckets.clear()
+        share_steps(self.param_groups, self.state)
 
     # --- update ---
 
@@ -343,7 +178,7 @@ class _Sophia(Optimizer):
                 loss = closure()
         self._check_capture()
         self._update(bs)
-        self._follow_schedule()
+        after_step(self)
         return loss
 
     def _check_capture(self):
@@ -356,10 +191,10 @@ class _Sophia(Optimizer):
             )
 
     def _update(self, bs):
-        prepared = self._prepare()
+        prepared = self._buckets.prepare(self.param_groups, self.state)
         scale, skip = self._scale_and_skip(prepared)
         # A graph counts whenever it runs: which of its runs comes before a refresh is not known here.
-        counting = torch.compiler.is_compiling() or _capturing() or curvature.is_due(self.param_groups[0])
+        counting = torch.compiler.is_compiling() or _capturing() or is_due(self.param_groups[0])
         if counting:
             self._unclipped.clear()
         for group, buckets in prepared:
@@ -416,32 +251,6 @@ class _Sophia(Optimizer):
             self._skipped_steps[skip.device] = self._skipped_steps.get(skip.device, 0) + (skip != 0)
         return scale, skip
 
-    @torch._disable_dynamo
-    def _follow_schedule(self):
-        attachment, group = self._attachment, self.param_groups[0]
-        self._since_refresh += 1
-        # A step with no forward before it (a checkpoint library making the state) is not one of the schedule.
-        if attachment is None or attachment.inputs is not None:
-            due = attachment is not None and curvature.is_due(group)
-            for each in self.param_groups:
-                each["steps"] = each["steps"] + 1
-            if due:
-                attachment.refresh()
-            if attachment is not None:
-                attachment.inputs = None
-        if group["every"] and attachment is None:
-            self._warn_once(
-                "detached",
-                f"{type(self).__name__} was attached with every={group['every']}, but this copy is attached to no "
-                "model: call attach(model) again, or h stays as it is",
-            )
-        elif self._since_refresh > 2 * (group["every"] or 10) and (attachment or not group["refreshes"]):
-            self._warn_once(
-                "no refresh",
-                f"{type(self).__name__} took {self._since_refresh} steps without a curvature refresh, so it is no "
-                "second-order method: call attach(model), refresh(model, batches) or update_hessian()",
-            )
-
     # --- curvature ---
 
     def attach(self, model, every=10, *, phase="paper", **options):
@@ -454,16 +263,8 @@ class _Sophia(Optimizer):
         """
         if self._attachment is not None:
             raise RuntimeError("attach: this optimizer is attached already, call detach() first")
-        if not isinstance(model, torch.nn.Module):
-            raise TypeError(f"attach: model is {type(model).__name__}, expected a torch.nn.Module")
-        if not isinstance(every, int) or every < 1:
-            raise ValueError(f"attach: every={every!r}, expected an integer >= 1")
-        if phase not in ("paper", "official"):
-            raise ValueError(f"attach: phase={phase!r}, expected 'paper' or 'official'")
         self._check_options(options)
-        for group in self.param_groups:
-            group.update(every=every, phase=phase)
-        self._attachment = curvature.Attachment(self, model, options)
+        self._attachment = Attachment(self, model, every, phase, options)
 
     def detach(self):
         """Undo `attach`: step() refreshes no more."""
@@ -487,10 +288,10 @@ class _Sophia(Optimizer):
             categorical; for SophiaH, the training loss, by default `output.loss`.
         """
         self._check_options(options)
-        calls = [curvature.as_call(batch) for batch in batches]
+        calls = [as_call(batch) for batch in batches]
         if not calls:
             raise ValueError("refresh: batches is empty, expected at least one batch")
-        curvature.run(self, model, calls, **options)
+        run(self, model, calls, **options)
 
     def _check_options(self, options):
         for name, value in options.items():
@@ -505,7 +306,7 @@ class _Sophia(Optimizer):
 
         count: labels behind the gradient, a 0-d tensor. probes: {parameter: u}, if they are not those of the key.
         """
-        prepared = self._prepare()
+        prepared = self._buckets.prepare(self.param_groups, self.state)
         if not any(buckets for _, buckets in prepared):
             return
         finite = [ops.squared_norm(bucket["g"]).isfinite() for _, buckets in prepared for bucket in buckets]
@@ -516,7 +317,7 @@ class _Sophia(Optimizer):
         params = [p for group in self.param_groups for p in group["params"]]
         for group, buckets in prepared:
             for bucket in buckets:
-                u = None if probes is None else [_real(probes[params[i]]) for i in bucket["parameter"]]
+                u = None if probes is None else [as_real(probes[params[i]]) for i in bucket["parameter"]]
                 self._fold_bucket(group, bucket, count, skip, u)
         for group in self.param_groups:
             group["refreshes"] = group["refreshes"] + 1
@@ -569,56 +370,6 @@ class _Sophia(Optimizer):
             "skipped_steps": sum(map(int, self._skipped_steps.values())),
             "unclipped": unclipped,
         }
-
-
-def _state_dtype(p, group):
-    wide = torch.promote_types(p.dtype, torch.float32)
-    return wide if wide != torch.float32 or group["state_dtype"] in (None, "8bit") else group["state_dtype"]
-
-
-def _is_coded(p, group):
-    narrow = torch.promote_types(p.dtype, torch.float32) == torch.float32
-    return group["state_dtype"] == "8bit" and narrow and p.numel() >= _CODED_FROM
-
-
-def _has_master(p, group):
-    return p.dtype == torch.float16 or p.dtype == torch.bfloat16 and group["bf16_update"] == "master"
-
-
-class _Kept:
-    """The buckets of a group, with what they were made of."""
-
-    def __init__(self, kinds, state, buckets):
-        lists = ("exp_avg", "hessian", "exp_avg_scale", "hessian_scale", "master")
-        self.kinds = kinds
-        self.buckets = [{k: kernels.TensorList(v) if k in ("p", *lists) else v for k, v in b.items()} for b in buckets]
-        self._complete = all(bucket["complete"] for bucket in buckets)
-        self._states = list(state.values())
-        self._tensors = [
-            (bucket["states"], name, [state[name] for state in bucket["states"]])
-            for bucket in buckets
-            for name in ("step", *lists)
-            if self._complete and (name == "step" or name in bucket)
-        ]
-
-    def holds(self, state):
-        """Whether the state of the optimizer still is the same objects."""
-        if not self._complete or len(state) != len(self._states) or not all(map(is_, state.values(), self._states)):
-            return False
-        try:
-            return all(all(map(is_, map(itemgetter(k), states), kept)) for states, k, kept in self._tensors)
-        except KeyError:
-            return False
-
-
-def _gradients(bucket, grads, first):
-    indices = bucket["parameter"]
-    grads = grads if len(indices) == len(grads) else [grads[i - first] for i in indices]
-    return list(map(_real, grads)) if bucket["p"][0].dtype != grads[0].dtype else grads
-
-
-def _real(t):
-    return torch.view_as_real(t) if t.is_complex() else t
 
 
 def _on_its_way(count):

@@ -1,0 +1,128 @@
+"""Which tensors go into one op call: buckets of equal device, dtypes and kind of state, kept from step to step."""
+
+from collections import defaultdict
+from itertools import accumulate, repeat
+from operator import attrgetter, is_, is_not, itemgetter
+
+import torch
+
+from growkit import kernels, ops
+from growkit.optim.state import check_coded, ensure, has_master, is_coded
+
+
+class Buckets:
+    """The buckets of an optimizer's groups. name: of the optimizer, for errors; codes: dtype of an 8-bit `hessian`."""
+
+    def __init__(self, name, codes):
+        self._name, self._codes = name, codes
+        self._kept = {}  # index of a group's first parameter -> _Kept
+
+    def clear(self):
+        self._kept.clear()
+
+    def prepare(self, param_groups, states):
+        """[(group, its buckets)], all state made. Raises for whatever a step could not use, before anything changes."""
+        firsts = accumulate((len(group["params"]) for group in param_groups), initial=0)
+        groups = list(zip(firsts, param_groups, strict=False))
+        prepared = [(group, self._of(first, group, states)) for first, group in groups]
+        for i, (first, group) in enumerate(groups):
+            if not all(bucket["complete"] for bucket in prepared[i][1]):
+                ensure(group, states, self._codes)
+                prepared[i] = group, self._of(first, group, states)
+        return prepared
+
+    def _of(self, first, group, states):
+        """Lists {"p", "g", "exp_avg", "hessian", "master", "parameter"} of those parameters that have a gradient.
+
+        8-bit state has the lists "exp_avg_scale" and "hessian_scale", too. One bucket per device, dtype, gradient dtype
+        and kind of state, complex tensors as real. "parameter" holds indices among all parameters, of which `first` is
+        the group's first. Everything but gradients is kept from call to call, and checked again only when a parameter's
+        address, a gradient's shape or dtype, or a state tensor is another.
+        """
+        params = group["params"]
+        grads = [p.grad for p in params]
+        if torch.compiler.is_compiling():
+            buckets = self._sort(first, group, grads, [states.get(p) for p in params])
+        else:
+            there = grads if all(map(is_not, grads, repeat(None))) else [g for g in grads if g is not None]
+            kinds = (
+                len(there) if there is grads else [g is None for g in grads],
+                list(map(attrgetter("shape"), there)),
+                list(map(attrgetter("dtype"), there)),
+                list(map(attrgetter("layout"), there)),
+                list(map(torch.Tensor.data_ptr, params)),
+            )
+            kept = self._kept.get(first)
+            if kept is None or kept.kinds != kinds or not kept.holds(states):
+                own = [states.get(p) for p in params]
+                self._kept[first] = kept = _Kept(kinds, states, self._sort(first, group, grads, own))
+            buckets = kept.buckets
+        return [{**bucket, "g": _gradients(bucket, grads, first)} for bucket in buckets]
+
+    def _sort(self, first, group, grads, own):
+        buckets = defaultdict(lambda: defaultdict(list))
+        for i, (p, g, state) in enumerate(zip(group["params"], grads, own, strict=True), first):
+            if g is None:
+                continue
+            if g.layout != torch.strided:
+                raise RuntimeError(f"{self._name} does not support sparse gradients")
+            # While it traces, torch.compile sets capturable itself.
+            if group["capturable"] and not p.is_cuda and not torch.compiler.is_compiling():
+                raise RuntimeError(f"capturable=True: parameter {i} is on {p.device}, expected a CUDA device")
+            tensors = {k: t for k, t in (state or {}).items() if k != "step"}
+            elementwise = {k: [t] for k, t in tensors.items() if not k.endswith("_scale")}
+            ops.check_alike(self._name, [p], grad=[g], **elementwise)
+            coded = "exp_avg_scale" in tensors if tensors else is_coded(p, group)
+            needed = ["exp_avg", "hessian"]
+            if coded:
+                needed += ["exp_avg_scale", "hessian_scale"]
+                if tensors:
+                    check_coded(self._name, p, tensors)
+            if has_master(p, group):
+                needed += ["master"]
+            bucket = buckets[p.device, p.dtype, g.dtype, coded]
+            bucket["states"].append(state)
+            bucket["parameter"].append(i)
+            bucket["p"].append(as_real(p))
+            bucket["step"] = (state or {}).get("step")
+            bucket["complete"] = bucket.get("complete", True) and all(name in tensors for name in needed)
+            for name in needed:
+                if name in tensors:
+                    bucket[name].append(as_real(tensors[name]))
+        return buckets.values()
+
+
+class _Kept:
+    """The buckets of a group, with what they were made of."""
+
+    def __init__(self, kinds, states, buckets):
+        lists = ("exp_avg", "hessian", "exp_avg_scale", "hessian_scale", "master")
+        self.kinds = kinds
+        self.buckets = [{k: kernels.TensorList(v) if k in ("p", *lists) else v for k, v in b.items()} for b in buckets]
+        self._complete = all(bucket["complete"] for bucket in buckets)
+        self._states = list(states.values())
+        self._tensors = [
+            (bucket["states"], name, [state[name] for state in bucket["states"]])
+            for bucket in buckets
+            for name in ("step", *lists)
+            if self._complete and (name == "step" or name in bucket)
+        ]
+
+    def holds(self, states):
+        """Whether the state of the optimizer still is the same objects."""
+        if not self._complete or len(states) != len(self._states) or not all(map(is_, states.values(), self._states)):
+            return False
+        try:
+            return all(all(map(is_, map(itemgetter(k), own), kept)) for own, k, kept in self._tensors)
+        except KeyError:
+            return False
+
+
+def _gradients(bucket, grads, first):
+    indices = bucket["parameter"]
+    grads = grads if len(indices) == len(grads) else [grads[i - first] for i in indices]
+    return list(map(as_real, grads)) if bucket["p"][0].dtype != grads[0].dtype else grads
+
+
+def as_real(t):
+    return torch.view_as_real(t) if t.is_complex() else t

@@ -1,0 +1,131 @@
+"""What a parameter's state is: dtypes, 8-bit codes, master copies; and how state from a file becomes that.
+
+`codes` is the integer dtype of an 8-bit `hessian`: uint8 where h is a mean of squares, int8 where it has a sign.
+"""
+
+import warnings
+
+import torch
+
+from growkit import ops, reference
+
+# Smaller tensors keep float32 state beside 8-bit state, as in bitsandbytes: norms and biases, which would save nothing.
+_CODED_FROM = 4096
+
+
+def dtype_of(p, group):
+    wide = torch.promote_types(p.dtype, torch.float32)
+    return wide if wide != torch.float32 or group["state_dtype"] in (None, "8bit") else group["state_dtype"]
+
+
+def is_coded(p, group):
+    narrow = torch.promote_types(p.dtype, torch.float32) == torch.float32
+    return group["state_dtype"] == "8bit" and narrow and p.numel() >= _CODED_FROM
+
+
+def has_master(p, group):
+    return p.dtype == torch.float16 or p.dtype == torch.bfloat16 and group["bf16_update"] == "master"
+
+
+def ensure(group, states, codes):
+    """Make the state of each parameter that has a gradient. `step` is one tensor, shared by the whole group."""
+    known = [states[p]["step"] for p in group["params"] if "step" in states.get(p, ())]
+    present = [p for p in group["params"] if p.grad is not None]
+    if not known and present:
+        known = [torch.zeros((), device=present[0].device if group["capturable"] else "cpu")]
+    for p in present:
+        state = states[p]
+        if not state:
+            state["step"] = known[0]
+            if is_coded(p, group):
+                state |= coded({"exp_avg": torch.zeros_like(p), "hessian": torch.zeros_like(p)}, codes)
+            else:
+                dtype = {"dtype": dtype_of(p, group), "memory_format": torch.preserve_format}
+                state["exp_avg"], state["hessian"] = torch.zeros_like(p, **dtype), torch.zeros_like(p, **dtype)
+        if has_master(p, group) and "master" not in state:
+            state["master"] = p.detach().to(torch.float32, copy=True)
+
+
+def coded(values, codes):
+    """{"exp_avg": codes, "exp_avg_scale": scales, ...} for {"exp_avg": floats, ...}, to nearest."""
+    result = {}
+    for key, x in values.items():
+        dtype = torch.int8 if key == "exp_avg" else codes
+        q = result[key] = torch.zeros(x.shape, dtype=dtype, device=x.device)
+        blocks = -(-x.numel() // reference.CODES_PER_SCALE)
+        scale = result[key + "_scale"] = torch.zeros(blocks, 2, device=x.device)
+        reference.quantise_(q, scale, x.float())
+    return result
+
+
+def check_coded(name, p, state):
+    dtypes = {"exp_avg": (torch.int8,), "hessian": (torch.uint8, torch.int8)}
+    pairs = {key: ([state[key]], [state[key + "_scale"]]) for key in dtypes}
+    ops.check_coded(name, [p], dtypes, **pairs)
+
+
+def of_file(param_groups, state_dict):
+    """{index in the file: (parameter, its state in the file)}, of those that have state."""
+    indices = [i for group in state_dict["param_groups"] for i in group["params"]]
+    params = [p for group in param_groups for p in group["params"]]
+    state = state_dict["state"]
+    return {i: (p, state[i]) for i, p in zip(indices, params, strict=False) if state.get(i)}
+
+
+def check_file(name, param_groups, state_dict):
+    """Raise ValueError where the state of a file does not fit the parameters."""
+    for i, (p, state) in of_file(param_groups, state_dict).items():
+        needed = {"step", "exp_avg", "hessian"}
+        scales = {key for key in state if key.endswith("_scale")}
+        if missing := (needed | {"exp_avg_scale", "hessian_scale"} if scales else needed) - state.keys():
+            raise ValueError(f"state of parameter {i} has {sorted(state)}, expected {sorted(missing)} as well")
+        if scales:
+            check_coded(name, state["exp_avg"], state)
+        for key, value in state.items():
+            if key not in {"step", *scales} and torch.is_tensor(value) and value.shape != p.shape:
+                raise ValueError(
+                    f"state {key} of parameter {i} has shape {tuple(value.shape)}, expected {tuple(p.shape)}"
+                )
+
+
+def complete_groups(param_groups, groups, defaults):
+    """The groups of a file with what they lack taken from `param_groups`, those of the optimizer."""
+    groups = [dict(group) for group in groups]
+    for own, group in zip(param_groups, groups, strict=False):
+        for key in ("bs", "rho"):
+            if key not in group and not (key == "rho" and "gamma" in group):
+                warnings.warn(f"the loaded file has no {key}: keeping {key}={own[key]}", stacklevel=5)
+        if not group.get("every"):
+            group |= {"every": own["every"], "phase": own["phase"]}
+        for key in defaults:
+            group.setdefault(key, own[key])
+        group["state_dtype"] = own["state_dtype"] or group["state_dtype"]
+        for key in ("steps", "refreshes"):
+            group[key] = torch.as_tensor(group[key]).clone()
+        if "gamma" in group:
+            group["rho"] = group.pop("gamma") / group["bs"]
+    return groups
+
+
+def convert(p, group, state, codes):
+    """The tensors of a loaded state as copies on the parameter's device, in the form that the optimizer keeps."""
+    state = {k: t.to(p.device, copy=True) for k, t in state.items() if k != "step" and torch.is_tensor(t)}
+    scales = {k: state.pop(k + "_scale", None) for k in ("exp_avg", "hessian")}
+    for (key, scale), dtype in zip(scales.items(), (torch.int8, codes), strict=True):
+        if is_coded(p, group) and scale is not None and state[key].dtype == dtype:
+            state[key + "_scale"] = scale
+            continue
+        x = state[key] if scale is None else reference.dequantise(state[key], scale)
+        state |= coded({key: x}, codes) if is_coded(p, group) else {key: x.to(dtype_of(p, group))}
+    return {k: t.float() if k == "master" else t for k, t in state.items()}
+
+
+def share_steps(param_groups, states):
+    """Make `step` one tensor for each group again, after a copy or a file gave every parameter its own."""
+    for group in param_groups:
+        own = [states[p] for p in group["params"] if "step" in states.get(p, ())]
+        if own:
+            place = group["params"][0].device if group["capturable"] else "cpu"
+            step = torch.tensor(max(float(s["step"]) for s in own), device=place)
+            for s in own:
+                s["step"] = step
