@@ -1,5 +1,6 @@
-"""Sophia optimizers and the curvature estimators that feed them."""
+"""Sophia optimizers, the curvature estimators that feed them, groups of parameters and settings for them."""
 
+from growkit.optim.groups import Preset, param_groups, presets
 from growkit.optim.sophia import SophiaG, SophiaH
 
-__all__ = ["SophiaG", "SophiaH"]
+__all__ = ["Preset", "SophiaG", "SophiaH", "param_groups", "presets"]
