@@ -27,7 +27,7 @@ if [ -n "$dry" ]; then
     exit 0
 fi
 
-growkit() { "$python" -c 'import sys; from growkit.cli import main; sys.exit(main())' "$@"; }
+growkit() { "$python" -m growkit "$@"; }
 
 install() {
     "$python" -c 'import sys, torch, triton; print("python", sys.version.split()[0], "torch", torch.__version__,

@@ -1,142 +1,211 @@
-"""The `growkit` command: `growkit demo`, `growkit bench` and `growkit info`."""
+"""The `growkit` command: its commands and options. torch is imported by the commands, not by their help."""
 
-import argparse
+import contextlib
 import importlib.metadata
 import importlib.util
 import math
 import platform
-import sys
+import signal
+import tempfile
 from pathlib import Path
 
-import torch
+import click
 
 import growkit
-from growkit import kernels, ops
-from growkit.kron import expand
 
 # package, how to get it, what it is for
 OPTIONAL = (
     ("transformers", "pip install transformers", "growing Hugging Face models; growkit demo"),
     ("safetensors", "pip install safetensors", "checkpoints of grown models"),
-    ("matplotlib", "pip install matplotlib", "the curves of growkit demo"),
-    ("rich", "pip install rich", "the progress and table of growkit demo"),
+    ("matplotlib", "pip install matplotlib", "the figure of growkit demo"),
     ("triton", "pip install triton (CUDA builds of torch bring it)", "kernels on an NVIDIA GPU"),
 )
+DEMO_NEEDS = ("transformers", "matplotlib")
 KEYS = ("CPU", "CUDA")
-DEMO_NEEDS = ("transformers", "matplotlib", "rich")
 
 
-def main(arguments=None):
-    """Run the command and return its exit code; a bad flag exits with 2 and names flag, given and expected."""
-    parser = argparse.ArgumentParser(prog="growkit", description=growkit.__doc__)
-    parser.add_argument("--version", action="version", version=f"growkit {growkit.__version__}")
-    commands = parser.add_subparsers(required=True, metavar="command")
+class Writable(click.Path):
+    """A name for a file, or for a folder, that can be written: tried out, and nothing is left behind."""
 
-    demo = commands.add_parser("demo", help="train small, grow, train on: on real text, with no download and no GPU")
-    demo.add_argument(
-        "--data", type=_path, metavar="FILE|DIR", help="text to train on (default: text that comes with Python)"
-    )
-    demo.add_argument("--device", type=_device, default="auto", help="auto, cpu or cuda (default: %(default)s)")
-    demo.add_argument("--seed", type=int, default=0, help="of weights, batches and labels (default: %(default)s)")
-    demo.add_argument(
-        "--out", type=_folder, default=Path("growkit-demo"), help="folder for results (default: %(default)s)"
-    )
-    demo.add_argument("--steps-scale", type=_positive, default=1.0, help="multiplies every number of steps")
-    demo.add_argument("--full", action="store_true", help="then sweep the settings of SophiaG and AdamW")
-    demo.set_defaults(run=_demo)
-
-    bench = commands.add_parser(
-        "bench", help="measure growkit's goals on this machine, each beside what it is compared with"
-    )
-    bench.add_argument("ids", nargs="*", metavar="ID", help="S, L, C, S4, C1.official, ... (default: all)")
-    bench.add_argument("--device", type=_device, default="auto", help="auto, cpu or cuda (default: %(default)s)")
-    bench.add_argument("--json", type=_file, metavar="FILE", help="write the table there too, after every row")
-    bench.set_defaults(run=_bench)
-
-    info = commands.add_parser("info", help="what is installed here, and which implementation each operator uses")
-    info.set_defaults(run=_info)
-
-    options = vars(parser.parse_args(arguments))
-    return options.pop("run")(**options)
+    def convert(self, value, param, ctx):
+        path = Path(super().convert(value, param, ctx))
+        home = path.absolute() if self.dir_okay else path.absolute().parent
+        while self.dir_okay and not home.exists():
+            home = home.parent  # folders that are missing will be made
+        try:
+            tempfile.TemporaryFile(dir=home).close()
+        except OSError as error:
+            self.fail(f"got {str(path)!r}, which cannot be written: {home}: {error.strerror}", param, ctx)
+        return path
 
 
-def _path(text):
-    if not Path(text).exists():
-        raise argparse.ArgumentTypeError(f"{text!r} does not exist; expected a text file or a folder of them")
-    return Path(text)
+class Device(click.Choice):
+    def __init__(self):
+        super().__init__(["auto", "cpu", "cuda"])
+
+    def convert(self, value, param, ctx):
+        device = super().convert(value, param, ctx)
+        if device == "cuda":
+            import torch
+
+            if not torch.cuda.is_available():
+                self.fail(f"got 'cuda', but {_cuda()}; expected auto or cpu", param, ctx)
+        return device
 
 
-def _folder(text):
-    if Path(text).exists() and not Path(text).is_dir():
-        raise argparse.ArgumentTypeError(f"{text!r} is a file; expected a folder, or a name for a new one")
-    return Path(text)
+class AboveZero(click.ParamType):
+    name = "NUMBER"
+
+    def convert(self, value, param, ctx):
+        try:
+            number = float(value)
+        except ValueError:
+            number = math.nan
+        if not 0 < number < math.inf:
+            self.fail(f"got {value!r}, expected a number above 0", param, ctx)
+        return number
 
 
-def _file(text):
-    if Path(text).is_dir() or not Path(text).absolute().parent.is_dir():
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected a name for a file in a folder that exists")
-    return Path(text)
+OUT_FOLDER = Writable(file_okay=False, path_type=Path)
+OUT_FILE = Writable(dir_okay=False, path_type=Path)
+TEXT = click.Path(exists=True, path_type=Path)
 
 
-def _device(text):
-    if text not in ("auto", "cpu", "cuda"):
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected auto, cpu or cuda")
-    if text == "cuda" and not torch.cuda.is_available():
-        raise argparse.ArgumentTypeError(f"got 'cuda', but {_cuda()}; expected auto or cpu")
-    return text
-
-
-def _positive(text):
+@contextlib.contextmanager
+def keyboard_interrupts():
+    """In here Ctrl-C raises KeyboardInterrupt, for a command that has something to keep; elsewhere it just ends."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected a number above 0")
-    return value
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
-def _demo(**options):
+@click.group(
+    help=growkit.__doc__,
+    invoke_without_command=True,
+    context_settings={"show_default": True, "help_option_names": ["-h", "--help"]},
+)
+@click.version_option(growkit.__version__, message="growkit %(version)s")
+@click.pass_context
+def command(context):
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
+
+
+@command.command()
+@click.option(
+    "--data",
+    type=TEXT,
+    metavar="FILE|DIR",
+    show_default="text that comes with Python",
+    help="Text to train on, e.g. --data notes.txt",
+)
+@click.option("--device", type=Device(), default="auto", help="Where to train, e.g. --device cpu")
+@click.option("--seed", type=int, default=0, help="Of weights, batches and labels, e.g. --seed 1")
+@click.option("--out", type=OUT_FOLDER, default="growkit-demo", help="Folder for the results, e.g. --out runs/first")
+@click.option(
+    "--steps-scale",
+    type=AboveZero(),
+    default=1.0,
+    help="Multiplies every number of steps, e.g. --steps-scale 0.1 for a quick look",
+)
+@click.option(
+    "--full",
+    is_flag=True,
+    show_default="off",
+    help="Then sweep the settings of SophiaG and AdamW, e.g. growkit demo --full",
+)
+def demo(**options):
+    """Train small, grow, train on: on real text, with no download and no GPU."""
     missing = [package for package in DEMO_NEEDS if not importlib.util.find_spec(package)]
     if missing:
-        print(f"growkit demo needs {' and '.join(missing)}: pip install {' '.join(missing)}", file=sys.stderr)
-        return 1
+        raise click.ClickException(f"growkit demo needs {' and '.join(missing)}: pip install {' '.join(missing)}")
     from growkit.demo import run  # here, because it imports what has just been asked for
 
-    return run(**options)
+    with keyboard_interrupts():
+        return run(**options)
 
 
-def _bench(ids, **options):
+@command.command()
+@click.argument("ids", nargs=-1, metavar="[ID]...")
+@click.option(
+    "--list",
+    "listed",
+    is_flag=True,
+    show_default="off",
+    help="Only list the ids and what each measures, e.g. growkit bench --list",
+)
+@click.option("--device", type=Device(), default="auto", help="Where to measure, e.g. --device cpu")
+@click.option(
+    "--json",
+    type=OUT_FILE,
+    metavar="FILE",
+    show_default="no file",
+    help="Write the table there too, after every row, e.g. --json bench.json",
+)
+def bench(ids, listed, **options):
+    """Measure growkit's goals on this machine, each beside what it is compared with.
+
+    ID is the id of a goal or the beginning of one, in any case: S, L or C for a series, s4, C1.official. Without: all.
+    """
     from growkit.bench import table  # here, because it imports more than the other commands need
 
     try:
-        table.select(ids)
+        chosen = table.select(ids)
     except ValueError as error:
-        print(f"growkit bench: ID: {error}", file=sys.stderr)
-        return 2
-    return table.run(ids, **options)
+        raise click.BadParameter(f"{error}; growkit bench --list shows all", param_hint="ID") from None
+    if listed:
+        click.echo(table.listing(chosen))
+        return 0
+    with keyboard_interrupts():
+        return table.run(ids, **options)
 
 
-def _info():
-    print(f"growkit {growkit.__version__}, python {platform.python_version()}, torch {torch.__version__}")
-    print(f"devices: cpu ({torch.get_num_threads()} threads); {_cuda()}")
-    print(f"CUDA extension: {expand.extension}")
+@command.command()
+@click.option(
+    "--verbose",
+    "-v",
+    is_flag=True,
+    show_default="off",
+    help="List every operator and optional package, e.g. growkit info --verbose",
+)
+def info(verbose):
+    """What is installed here, and which implementation the operators use."""
+    import torch
 
-    print("\noptional packages")
+    from growkit import ops  # noqa: F401, registers the operators
+    from growkit.kron import expand
+
+    click.echo(f"growkit {growkit.__version__}, python {platform.python_version()}, torch {torch.__version__}")
+    click.echo(f"devices: cpu ({torch.get_num_threads()} threads); {_cuda()}")
+    click.echo(f"CUDA extension: {expand.extension}")
+    names = sorted(name for name in torch._C._dispatch_get_all_op_names() if name.startswith("growkit::"))
+    if verbose:
+        click.echo("\noptional packages")
+        for package, get, use in OPTIONAL:
+            found = importlib.util.find_spec(package)
+            click.echo(f"  {package:13} {_version(package) if found else f'missing: {get}; for {use}'}")
+        click.echo("\noperators")
+        for name in names:
+            served = (f"{key.lower()}: {_serves(name, key)}" for key in KEYS)
+            click.echo(f"  {name.removeprefix('growkit::'):24} {', '.join(served)}")
+        return
+    for key in KEYS:
+        served = [_serves(name, key) for name in names]
+        counts = (f"{served.count(kind)} {kind}" for kind in sorted(set(served)))
+        click.echo(f"{len(names)} operators on {key.lower()}: {', '.join(counts)}")
     for package, get, use in OPTIONAL:
-        if importlib.util.find_spec(package):
-            print(f"  {package:13} {_version(package)}")
-        else:
-            print(f"  {package:13} missing: {get}; for {use}")
-
-    print("\noperators")
-    for op in sorted(name for name in torch._C._dispatch_get_all_op_names() if name.startswith("growkit::")):
-        served = (f"{key.lower()}: {_serves(op, key)}" for key in KEYS)
-        print(f"  {op.removeprefix('growkit::'):24} {', '.join(served)}")
-    return 0
+        if not importlib.util.find_spec(package):
+            click.echo(f"missing, for {use}: {get}")
+    click.echo("growkit info --verbose lists every operator and package")
 
 
 def _serves(op, key):
+    import torch
+
+    from growkit import kernels, ops
+
     if torch._C._dispatch_has_kernel_for_dispatch_key(op, key):
         return "growkit._C"
     name = op.removeprefix("growkit::").partition(".")[0]
@@ -147,6 +216,8 @@ def _serves(op, key):
 
 
 def _cuda():
+    import torch
+
     if torch.cuda.is_available():
         return ", ".join(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
     if torch.version.cuda is None:

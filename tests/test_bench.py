@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from growkit import cli, ops
+from growkit import ops
+from growkit.__main__ import main
 from growkit.bench import expansion, instructions, measure, sophia, table
 from growkit.kron import expand, plan
 
@@ -299,7 +300,7 @@ def test_a_workload_that_fails_its_check_shows_no_figure(monkeypatch, capsys, tm
     broken = measure.Case(lambda: None, wrong, lambda rounds: {"C1.official": measure.Value(9.0)})
     monkeypatch.setitem(table.WORKLOADS, "cpu-step", table.Workload("cpu-step", "cpu", lambda **options: broken))
     path = tmp_path / "out.json"
-    assert cli.main(["bench", "C1.official", "--device", "cpu", "--json", str(path)]) == 1
+    assert main(["bench", "C1.official", "--device", "cpu", "--json", str(path)]) == 1
     rows = {row["id"]: row for row in json.loads(path.read_text())["rows"]}
     assert rows["C1.official"]["reason"] == "AssertionError: off by 3" and "value" not in rows["C1.official"]
     assert "FAILED" in capsys.readouterr().out
@@ -309,7 +310,7 @@ def test_bench_writes_whole_files_only(monkeypatch, tmp_path, capsys):
     tiny = table.Workload("cpu-step", "cpu", lambda device, tiny: sophia.cpu_step(tiny=True))
     monkeypatch.setitem(table.WORKLOADS, "cpu-step", tiny)
     path = tmp_path / "out.json"
-    assert cli.main(["bench", "C1.official", "S9.8bit", "--device", "cpu", "--json", str(path)]) == 0
+    assert main(["bench", "C1.official", "S9.8bit", "--device", "cpu", "--json", str(path)]) == 0
     assert [file.name for file in tmp_path.iterdir()] == ["out.json"]
     saved = json.loads(path.read_text())
     assert saved["hardware"]["torch"] == torch.__version__
@@ -319,20 +320,40 @@ def test_bench_writes_whole_files_only(monkeypatch, tmp_path, capsys):
     assert "C1.official" in capsys.readouterr().out
 
 
+def test_bench_lists_ids_with_titles_in_any_case(capsys):
+    assert main(["bench", "--list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(table.GOALS)
+    assert all(goal.what in line for goal, line in zip(table.GOALS.values(), lines, strict=True))
+    for words in (["s4", "c1.OFFICIAL"], ["S4", "C1.official"]):
+        assert main(["bench", "--list", *words]) == 0
+    once, again = capsys.readouterr().out.split("S4.gpt2-small")[1:]
+    assert once == again
+
+
+@pytest.mark.parametrize(("finished", "words"), [(0, "nothing had finished"), (2, "these had finished")])
+def test_interrupted_bench_prints_what_it_has(monkeypatch, capsys, finished, words):
+    def measured(ids, device):
+        yield from (table.Row(table.GOALS[id], measure.Value(3.0)) for id in ids[:finished])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(table, "measure", measured)
+    assert main(["bench", "C1"]) == 130
+    printed = capsys.readouterr()
+    assert f"interrupted: {words}" in printed.err
+    assert printed.out.count("3.00 x") == finished
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
         ("bench Q7", ("ID", "'Q7'", "expected")),
-        ("bench --json no/such/folder/x", ("--json", "no/such/folder/x", "expected a name for a file")),
+        ("bench --json no/such/folder/x", ("--json", "no/such/folder/x", "cannot be written")),
         ("bench --device tpu", ("--device", "'tpu'")),
     ],
 )
 def test_bench_refuses_bad_flags(flags, words, capsys):
-    try:
-        code = cli.main(flags.split())
-    except SystemExit as stopped:
-        code = stopped.code
-    assert code == 2
+    assert main(flags.split()) == 2
     error = capsys.readouterr().err
     assert all(word in error for word in words)
 

@@ -98,12 +98,28 @@ def test_import_and_info_need_only_torch(clean_python, tmp_path):
     script = tmp_path / "bare.py"
     script.write_text(
         "import sys\n"
-        "for name in ('triton', 'transformers', 'safetensors', 'matplotlib', 'rich'):\n"
+        "for name in ('triton', 'transformers', 'safetensors', 'matplotlib', 'rich', 'click'):\n"
         "    sys.modules[name] = None\n"
-        "import growkit, growkit.cli, growkit.kernels\n"
-        "sys.exit(growkit.cli.main(['info']))\n"
+        "import growkit, growkit.__main__, growkit.kernels\n"
+        "growkit.SophiaG, growkit.SophiaH, growkit.LiGO\n"
+        "assert growkit.__main__.main(['info']) == 1\n"
+        "del sys.modules['click']\n"
+        "sys.exit(growkit.__main__.main(['info']))\n"
     )
-    assert "transformers  missing: pip install transformers" in command(clean_python, "-I", script, cwd=tmp_path)
+    assert "growing Hugging Face models" in command(clean_python, "-I", script, cwd=tmp_path)
+
+
+def test_public_names_come_when_asked_for(tmp_path):
+    """`import growkit` alone imports no torch, and every way to name what it exports finds the same thing."""
+    script = (
+        "import sys, growkit\n"
+        "assert 'torch' not in sys.modules\n"
+        "assert set(growkit.__all__) <= set(dir(growkit)) and not hasattr(growkit, 'SophiaX')\n"
+        "from growkit import *\n"
+        "import growkit.optim, growkit.growth\n"
+        "assert SophiaG is growkit.SophiaG is growkit.optim.SophiaG and LiGO is growkit.growth.LiGO\n"
+    )
+    command(sys.executable, "-c", script, cwd=tmp_path)
 
 
 # Lower layers first: a module imports from layers below its own and from its own package.
@@ -115,6 +131,7 @@ LAYERS = (
     ("growkit",),
     ("growkit.demo", "growkit.bench"),
     ("growkit.cli",),
+    ("growkit.__main__",),
 )
 HEIGHT = {name: level for level, layer in enumerate(LAYERS) for name in layer}
 

@@ -263,11 +263,12 @@ NOTHING_TO_MEASURE = "this version has nothing to measure"
 def select(words):
     """Ids of the goals that each of `words` names: an id, or the beginning of one up to a dot; "S" is S1 to S11.
 
-    No words: all. Raises ValueError for a word that names none.
+    Upper and lower case are the same. No words: all. Raises ValueError for a word that names none.
     """
     chosen = {}
     for word in words or [""]:
-        found = [id for id in GOALS if not word or id == word or id.startswith(word + ".") or _series(id) == word]
+        low = word.lower()
+        found = [id for id in GOALS if not low or f"{id}.".lower().startswith(f"{low}.") or _series(id).lower() == low]
         if not found:
             known = ", ".join(dict.fromkeys(id.partition(".")[0] for id in GOALS))
             raise ValueError(f"got {word!r}, expected the id of a goal, or the beginning of one: {known}")
@@ -279,6 +280,12 @@ def _series(id):
     """S of S10.host, L of L1: the letter of a numbered id."""
     head = id.partition(".")[0]
     return head[0] if head[0].isupper() else ""
+
+
+def listing(ids):
+    """A line for each of `ids`: id, what it measures, the goal."""
+    width = max(map(len, ids))
+    return "\n".join(f"{id:{width}}  {GOALS[id].what}{_target(GOALS[id], ' (goal ', ')')}" for id in ids)
 
 
 def runs_on(workload, device):
@@ -343,20 +350,24 @@ def render(rows):
     reasons = {}
     for row in sorted(rows, key=lambda row: list(GOALS).index(row.goal.id)):
         goal, unit = row.goal, f" {row.goal.unit}".rstrip()
-        target = f"{goal.relation} {goal.bound:g}{unit}" if goal.relation else ""
         measured, noise = "", ""
         if isinstance(row.value, Value):
             measured = number(row.value.value) + unit
             noise = "" if row.value.noise is None else f"{100 * row.value.noise:.1f} %"
         else:
             reasons.setdefault(f"{row.verdict}: {row.value}", []).append(goal.id)
-        lines.append([goal.id, goal.what, target, measured, noise, row.verdict])
+        lines.append([goal.id, goal.what, _target(goal), measured, noise, row.verdict])
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     table = [
         "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines
     ]
     table.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
     return "\n".join(table + ["", *(f"{why}: {', '.join(ids)}" for why, ids in reasons.items())]).rstrip()
+
+
+def _target(goal, before="", after=""):
+    """>= 0.92 x, say; nothing for a goal that only reports."""
+    return f"{before}{goal.relation} {goal.bound:g} {goal.unit}".rstrip() + after if goal.relation else ""
 
 
 def as_json(rows, device):
@@ -381,19 +392,29 @@ def write_json(path, rows, device):
 
 
 def run(ids=(), device="auto", json=None):
-    """Measure, print the table, and return the exit code: 1 if a workload failed, which a missed goal is not."""
+    """Measure, print the table, and return the exit code: 1 if a workload failed, which a missed goal is not.
+
+    Interrupted, it prints the rows that it has, and returns 130.
+    """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
         torch.set_num_threads(1)
-    rows, start = [], time.perf_counter()
-    for row in measure(select(ids), device):
-        rows.append(row)
-        if row.failed or isinstance(row.value, Value):
-            print(f"{time.perf_counter() - start:6.1f} s  {row.goal.id}: {row.verdict}", file=sys.stderr, flush=True)
-        if json:
-            write_json(json, rows, device)
+    rows, start, interrupted = [], time.perf_counter(), False
+    try:
+        for row in measure(select(ids), device):
+            rows.append(row)
+            if row.failed or isinstance(row.value, Value):
+                seconds = time.perf_counter() - start
+                print(f"{seconds:6.1f} s  {row.goal.id}: {row.verdict}", file=sys.stderr, flush=True)
+            if json:
+                write_json(json, rows, device)
+    except KeyboardInterrupt:
+        interrupted = True
+        print("\ninterrupted: " + ("these had finished" if rows else "nothing had finished"), file=sys.stderr)
+        if not rows:
+            return 130
     print(", ".join(f"{key} {value}" for key, value in hardware().items() if value is not None))
     print()
     print(render(rows))
-    return int(any(row.failed for row in rows))
+    return 130 if interrupted else int(any(row.failed for row in rows))
