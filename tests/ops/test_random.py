@@ -1,9 +1,43 @@
-"""Philox inside Triton kernels equals the reference bit for bit: compiled where there is a GPU, else interpreted."""
+"""Philox: known answers of the oracle and, bit for bit, of the kernels: compiled on a GPU, else interpreted."""
 
 import pytest
 import torch
 
 from growkit import reference
+
+
+@pytest.mark.parametrize(
+    ("counter", "seed", "expected"),
+    [
+        ((0, 0, 0, 0), 0, (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+        ((2**32 - 1,) * 4, 2**64 - 1, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+        (
+            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+            0x299F31D0A4093822,
+            (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+        ),
+    ],
+    ids=["zeros", "ones", "pi"],
+)
+def test_philox_known_answers(counter, seed, expected):
+    assert reference.philox(counter, seed, 0) == expected
+    tensors = [torch.tensor([c, c]) for c in counter]
+    assert [t.tolist() for t in reference.philox(tensors, seed, 0)] == [[e, e] for e in expected]
+
+
+@pytest.mark.parametrize("width", [1, 16, 32])
+def test_random_bits_of_a_range_are_a_slice_of_the_stream(width):
+    key = {"seed": 2**63 + 5, "stream": 2, "parameter": 3, "time": 4}
+    stream = reference.random_bits(width, 0, 1000, **key)
+    assert 0 <= stream.min() and stream.max() < 2**width
+    for first, count in [(0, 1), (1, 0), (7, 300), (127, 2), (128, 128), (999, 1)]:
+        assert torch.equal(reference.random_bits(width, first, count, **key), stream[first : first + count])
+    far = 2**41 + 77
+    whole, tail = (reference.random_bits(width, far + i, 200 - i, **key) for i in (0, 50))
+    assert torch.equal(whole[50:], tail)
+
+
+# --- in Triton kernels ---
 
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
