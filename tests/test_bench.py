@@ -12,7 +12,7 @@ import torch
 
 from growkit import ops
 from growkit.__main__ import main
-from growkit.bench import expansion, instructions, measure, sophia, table
+from growkit.bench import instructions, kron, measure, sophia, table
 from growkit.kron import expand, plan
 
 ROOT = Path(__file__).parents[1]
@@ -172,7 +172,7 @@ def test_operators_of_an_update(monkeypatch):
     assert measure.launches(lambda: CONTENDERS["official"](*lists.lists)) == 10 * count
     assert measure.launches(lambda: CONTENDERS["foreach"](*lists.lists)) == 9
     calls = []
-    optimizer = sophia._sophia(lists.parameters())
+    optimizer = sophia.with_state(lists.parameters())
     monkeypatch.setattr(ops, "sophia_step_", lambda p, *lists, **scalars: calls.append(len(p)))
     optimizer.step()
     assert calls == [count]
@@ -187,19 +187,19 @@ FLOPS = {
 }
 
 
-@pytest.mark.parametrize("pair", expansion.PAIRS)
+@pytest.mark.parametrize("pair", kron.PAIRS)
 def test_flops_of_an_expansion(pair):
-    dense, top = (expansion.Problem(pair, kind, "meta") for kind in ("dense", "top"))
+    dense, top = (kron.Problem(pair, kind, "meta") for kind in ("dense", "top"))
     size = dense.size
     mix_first = sum(plan.cost("DAB", size.L1, size.L2, *dense.axes[name]).flops for name in dense.modules)
     assert (dense.flops, top.flops, mix_first) == pytest.approx(FLOPS[pair], rel=0.012)
 
 
-@pytest.mark.parametrize("kind", expansion.KINDS)
+@pytest.mark.parametrize("kind", kron.KINDS)
 def test_counted_flops_are_executed(kind):
     from torch.utils.flop_counter import FlopCounterMode
 
-    problem = expansion.Problem("gpt2-medium", kind, "cpu", tiny=True)
+    problem = kron.Problem("gpt2-medium", kind, "cpu", tiny=True)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         for name, order in problem.orders.items():  # what the op runs, for the op itself is opaque to the counter
             expand.forward(*problem.arguments(name), problem.kind, problem.kind, order, False, None)
@@ -209,29 +209,29 @@ def test_counted_flops_are_executed(kind):
 # --- LiGO's workloads ------------------------------------------------------------------------------------------------
 
 EXPANSIONS = (
-    expansion.growkit_expand,
-    expansion.literal_loop,
-    expansion.official_style,
-    expansion.einsum,
-    expansion.best_order_bmm,
-    expansion.per_layer,
+    kron.growkit_expand,
+    kron.literal_loop,
+    kron.official_style,
+    kron.einsum,
+    kron.best_order_bmm,
+    kron.per_layer,
 )
 
 
 @pytest.mark.parametrize("expand", EXPANSIONS, ids=lambda f: f.__name__)
-@pytest.mark.parametrize("kind", expansion.KINDS)
+@pytest.mark.parametrize("kind", kron.KINDS)
 @pytest.mark.parametrize("pair", ["gpt2-medium", "llama-7b"])
 def test_baselines_expand_alike(pair, kind, expand):
-    expansion.check_expansion(expansion.Problem(pair, kind, "cpu", tiny=True), "highest", expand)
+    kron.check_expansion(kron.Problem(pair, kind, "cpu", tiny=True), "highest", expand)
 
 
-@pytest.mark.parametrize("kind", expansion.KINDS)
+@pytest.mark.parametrize("kind", kron.KINDS)
 def test_baselines_have_the_same_gradients(kind):
-    problem = expansion.Problem("gpt2-medium", kind, "cpu", tiny=True, dtype=torch.float64)
+    problem = kron.Problem("gpt2-medium", kind, "cpu", tiny=True, dtype=torch.float64)
     for t in problem.operators:
         t.requires_grad_()
     found = []
-    for way in (expansion.growkit_expand, expansion.official_style, expansion.best_order_bmm, expansion.per_layer):
+    for way in (kron.growkit_expand, kron.official_style, kron.best_order_bmm, kron.per_layer):
         large = way(problem)
         total = sum((layer * layer).sum() for layers in large.values() for layer in layers)
         found.append(torch.autograd.grad(total, problem.operators))
@@ -241,15 +241,15 @@ def test_baselines_have_the_same_gradients(kind):
 
 @pytest.mark.parametrize("wrong", ["unwritten", "other layers"])
 def test_check_finds_a_wrong_expansion(wrong):
-    problem = expansion.Problem("gpt2-medium", "top", "cpu", tiny=True)
+    problem = kron.Problem("gpt2-medium", "top", "cpu", tiny=True)
 
     def expand(problem):
-        large = expansion.growkit_expand(problem)
+        large = kron.growkit_expand(problem)
         large["proj"] = torch.empty_like(large["proj"]) if wrong == "unwritten" else large["proj"].roll(1, 0)
         return large
 
     with pytest.raises(AssertionError, match="expand is off by"):
-        expansion.check_expansion(problem, "highest", expand)
+        kron.check_expansion(problem, "highest", expand)
 
 
 # --- the table -------------------------------------------------------------------------------------------------------

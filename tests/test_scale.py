@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import growkit
-from growkit.bench import expansion, scale, sophia
+from growkit.bench import kron, scale, sophia
 
 ROOT = Path(__file__).parents[1]
 
@@ -101,7 +101,7 @@ def test_refreshes_take_their_share_of_flops(every):
     [("GPT-2 small to medium", "gpt2-medium"), ("GPT-2 medium to XL", "gpt2-xl"), ("LLaMA 1B to 7B", "llama-7b")],
 )
 def test_growth_is_counted_as_the_workloads_count(growth, pair):
-    counted, problem = scale.growth(*scale.GROWTH[growth]), expansion.Problem(pair, "top", "meta")
+    counted, problem = scale.growth(*scale.GROWTH[growth]), kron.Problem(pair, "top", "meta")
     assert (counted.flops, counted.backward_flops) == (problem.flops, problem.backward_flops)
     operators = sum(t.nbytes for t in problem.operators)
     assert counted.bytes == problem.nbytes - operators

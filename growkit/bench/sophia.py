@@ -206,8 +206,8 @@ def check_update(lists, step):
         slack = 4 * eps * p64.abs() + lr * (8 * eps + 8 * terms / d).clamp(max=2)
         if p.dtype != m.dtype:
             slack += torch.finfo(p.dtype).eps * p64.abs()
-        _within(f"m[{i}]", lists.m[i], m64, 4 * terms)
-        _within(f"p[{i}]", lists.p[i], p64, slack)
+        within(f"m[{i}]", lists.m[i], m64, 4 * terms)
+        within(f"p[{i}]", lists.p[i], p64, slack)
         if torch.equal(lists.p[i], p):
             raise AssertionError(f"p[{i}] was not updated")
 
@@ -220,12 +220,13 @@ def check_refresh(lists, refresh, expected):
     for i, (h_i, g_i) in enumerate(zip(h, lists.g, strict=True)):
         h64, g64 = h_i.double(), g_i.double()
         wanted = expected(i, h64, g64)
-        _within(f"h[{i}]", lists.h[i], wanted, 4 * torch.finfo(h_i.dtype).eps * (h64.abs() + (wanted - h64).abs()))
+        within(f"h[{i}]", lists.h[i], wanted, 4 * torch.finfo(h_i.dtype).eps * (h64.abs() + (wanted - h64).abs()))
         if torch.equal(lists.h[i], h_i):
             raise AssertionError(f"h[{i}] was not refreshed")
 
 
-def _within(name, got, expected, slack):
+def within(name, got, expected, slack):
+    """Raise AssertionError where an element of `got` is further than `slack` from the float64 `expected`, or NaN."""
     wrong = ~((got.double() - expected).abs() <= slack)  # a NaN is wrong, too
     if wrong.any():
         at = int(wrong.flatten().nonzero()[0])
@@ -236,7 +237,7 @@ def _within(name, got, expected, slack):
 # --- workloads -------------------------------------------------------------------------------------------------------
 
 
-def _sophia(parameters, **options):
+def with_state(parameters, **options):
     """A SophiaG with state, and with a refresh behind it, so that it does not warn of having none."""
     scalars = {"lr": SCALARS["lr"], "betas": (SCALARS["beta1"], 0.99), "rho": 0.05, "weight_decay": 0.2}
     optimizer = SophiaG(parameters, **scalars, **options)
@@ -282,7 +283,7 @@ def update(model, device, tiny=False):
             f"S8.gpu.{model}": gpu.seconds("growkit", 1e-6),
         }
         theirs = OfficialSophia(parameters, SCALARS["lr"], (SCALARS["beta1"], 0.99), 0.05, 0.2)
-        wall = {"growkit": _sophia(parameters).step, "official": theirs.step, "fused AdamW": adamw}
+        wall = {"growkit": with_state(parameters).step, "official": theirs.step, "fused AdamW": adamw}
         pairs = paired(wall, "wall", rounds, before=lambda _: lists.renew("g"))
         found[f"S4.{model}"] = pairs.ratio("official", "growkit")
         found[f"S8.wall.{model}"] = pairs.ratio("official", "growkit")
@@ -308,7 +309,7 @@ def update_compiled(model, device, tiny=False):
         if isinstance(compiled, str):
             return dict.fromkeys(("S3.graph", "S3.wall"), f"compiled: {compiled}")
         detail["kernels"] = launches(compiled)
-        wall = paired({"growkit": _sophia(lists.parameters()).step, "compiled": compiled}, "wall", rounds)
+        wall = paired({"growkit": with_state(lists.parameters()).step, "compiled": compiled}, "wall", rounds)
         found = {"S3.wall": wall.ratio("growkit", "compiled")}
         graphs = {name: attempt(lambda f=f: graphed(f)) for name, f in (("compiled", compiled), ("growkit", run))}
         if isinstance(graphs["compiled"], str):
@@ -332,7 +333,7 @@ def update_mixed(form, model, device, tiny=False):
     """`SophiaG.step()` on bfloat16 parameters, on the GPU's clock, against copy bandwidth."""
     dtype, wide, options, moved = FORMATS[form]
     lists = Lists(model, device, tiny, dtype, wide)
-    optimizer = _sophia(lists.parameters(), **options)
+    optimizer = with_state(lists.parameters(), **options)
     parameters = optimizer.param_groups[0]["params"]
     for p, m, h in zip(parameters, lists.m, lists.h, strict=True):
         optimizer.state[p].update(exp_avg=m, hessian=h)
@@ -356,52 +357,11 @@ def update_mixed(form, model, device, tiny=False):
     return Case(optimizer.step, check, rows, bytes=nbytes)
 
 
-def update_8bit(model, device, tiny=False):
-    """`SophiaG.step()` with m and h in 8 bits, on the GPU's clock, against copy bandwidth and float32 m and h."""
-    lists = Lists(model, device, tiny)
-    narrow, wide = (_sophia(lists.parameters(), state_dtype=kind) for kind in ("8bit", torch.float32))
-
-    def states(key):
-        states = [narrow.state[p] for p in narrow.param_groups[0]["params"]]
-        return [reference.dequantise(s[key], s[scale]) if (scale := f"{key}_scale") in s else s[key] for s in states]
-
-    def check():
-        """p as float64 has it from the decoded state; m within a code's spacing, 3.4 decades/126 of 12 decades."""
-        narrow.step()
-        lists.renew("pg")
-        before = [t.double() for t in lists.p], [t.double() for t in states("exp_avg")], states("hessian")
-        narrow.step()
-        eps, lr = torch.finfo(torch.float32).eps, SCALARS["lr"]
-        for i, (p, m, h, g, after) in enumerate(zip(*before, lists.g, states("exp_avg"), strict=True)):
-            terms = eps * (m.abs() + g.double().abs())
-            reference.sophia_step_([p], [g.double()], [m], [h.double()], eps=1e-15, **SCALARS)
-            d = h.double() * SCALARS["rho_bs"] + 1e-15
-            _within(f"p[{i}]", lists.p[i], p, 4 * eps * p.abs() + lr * (8 * eps + 8 * terms / d).clamp(max=2))
-            _within(f"m[{i}]", after, m, 0.35 * m.abs() + 1e-11 * m.abs().amax() + 4 * terms)
-
-    def nbytes():
-        moved = {"exp_avg": 2, "exp_avg_scale": 2, "hessian": 1, "hessian_scale": 1}
-        return lists.nbytes("pgp") + sum(
-            times * s[key].nbytes for s in narrow.state.values() for key, times in moved.items() if key in s
-        )
-
-    def rows(rounds):
-        copy, copied = copy_pair(device, tiny)
-        contenders = {"growkit": narrow.step, "copy": copy, "float32": wide.step}
-        pairs = paired(contenders, "gpu", rounds, before=lambda _: lists.renew("g"))
-        return {
-            "S9.8bit.copy": pairs.ratio("copy", "growkit", nbytes() / copied),
-            "S9.8bit.time": pairs.ratio("growkit", "float32"),
-        }
-
-    return Case(narrow.step, check, rows, bytes=nbytes())
-
-
 def clip(model, device, tiny=False):
     """A step that clips the gradient's norm as it reads it, against `clip_grad_norm_` and a step."""
     lists = Lists(model, device, tiny)
     parameters = lists.parameters()
-    optimizers = {"folded": _sophia(parameters, clip_grad_norm=1.0), "separate": _sophia(parameters)}
+    optimizers = {"folded": with_state(parameters, clip_grad_norm=1.0), "separate": with_state(parameters)}
     run = optimizers["folded"].step
 
     def separate():
@@ -500,53 +460,6 @@ def refresh_hutchinson(model, device, tiny=False):
     return Case(run, check, rows, bytes=lists.nbytes("hgh"))
 
 
-def refresh_nll(device, tiny=False):
-    """The loss of labels sampled from the model, and its gradient, against `Categorical` and `cross_entropy`.
-
-    8,192 rows of GPT-2's vocabulary in bfloat16, as a refresh sees them.
-    """
-    count, vocabulary = (12, 41) if tiny else (8192, 50257)
-    logits = torch.randn(count, vocabulary, device=device).mul_(3).to(torch.bfloat16).requires_grad_()
-    key = {"refresh": 0}
-
-    def run():
-        key["refresh"] += 1
-        logits.grad = None
-        ops.sampled_nll(logits, seed=1, **key)[0].backward()
-
-    def categorical():
-        logits.grad = None
-        labels = torch.distributions.Categorical(logits=logits.detach()).sample()
-        torch.nn.functional.cross_entropy(logits, labels).backward()
-
-    def rows(rounds):
-        pairs = paired({"growkit": run, "Categorical": categorical}, "gpu", rounds)
-        found = {"N1.time": pairs.ratio("Categorical", "growkit")}
-        if torch.cuda.is_available():
-            found["N1.memory"] = Value(temporaries(categorical) / temporaries(run))
-        return found
-
-    def check():
-        """Likelihood and gradient are those of the labels drawn, in float64, and other keys draw other labels."""
-        with torch.no_grad():
-            logits.normal_(0, 3)
-        drawn = []
-        for refresh in (key["refresh"] + 1, key["refresh"] + 2):
-            nll, labels, _ = ops.sampled_nll(logits, seed=1, refresh=refresh)
-            drawn.append(labels)
-        (grad,) = torch.autograd.grad(nll, logits)
-        z = logits.detach().double()
-        expected = torch.nn.functional.cross_entropy(z, labels)
-        slope = (z.softmax(-1) - torch.nn.functional.one_hot(labels, vocabulary)) / count
-        _within("nll", nll.reshape(1), expected.reshape(1), 1e-5 * expected.reshape(1))
-        _within("gradient", grad, slope, 1e-6 / count + 2**-7 * slope.abs())
-        if torch.equal(*drawn):
-            raise AssertionError("two keys drew the same labels")
-
-    # Logits read by the forward and by the backward, their gradient written.
-    return Case(run, check, rows, bytes=3 * logits.nbytes)
-
-
 def host(model, device, tiny=False):
     """What a step costs the host, at the model's number of tensors, all small: the device has next to nothing to do."""
     layers = {"gpt2-small": 12, "gpt2-xl": 48}[model]
@@ -554,7 +467,7 @@ def host(model, device, tiny=False):
     parameters = [torch.nn.Parameter(torch.randn(shape, device=device)) for shape in shapes]
     for p in parameters:
         p.grad = torch.randn_like(p)
-    optimizer = _sophia(parameters)
+    optimizer = with_state(parameters)
 
     def rows(rounds):
         pairs = paired({"growkit": optimizer.step}, "host", rounds, sample=0)
@@ -584,7 +497,7 @@ def _replays(parameters):
     for capture in (graphed, lambda f: f):
         lr = torch.tensor(SCALARS["lr"], device=parameters[0].device)
         try:
-            optimizer = _sophia(parameters, capturable=True)
+            optimizer = with_state(parameters, capturable=True)
             optimizer.param_groups[0]["lr"] = lr
             step = capture(optimizer.step)
         except Exception as error:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from growkit.bench import ceilings, expansion, instructions, sophia
+from growkit.bench import ceilings, instructions, kron, sampled_nll, sophia, sophia8bit
 from growkit.bench.measure import Value, hardware, reason
 
 
@@ -71,12 +71,12 @@ def _workloads():
     add("update-compiled-gpt2-small", "cuda", sophia.update_compiled, "gpt2-small")
     for form in sophia.FORMATS:
         add(f"update-{form}-gpt2-xl", "cuda", sophia.update_mixed, form, "gpt2-xl")
-    add("update-8bit-gpt2-xl", "cuda", sophia.update_8bit, "gpt2-xl-coded")
+    add("update-8bit-gpt2-xl", "cuda", sophia8bit.update, "gpt2-xl-coded")
     add("update-clip-gpt2-xl", "cuda", sophia.clip, "gpt2-xl")
     for model in ("gpt2-small", "gpt2-xl"):
         add(f"refresh-gnb-{model}", "cuda", sophia.refresh_gnb, model)
     add("refresh-hutchinson-gpt2-xl", "cuda", sophia.refresh_hutchinson, "gpt2-xl")
-    add("refresh-nll", "cuda", sophia.refresh_nll)
+    add("refresh-nll", "cuda", sampled_nll.refresh)
     for model in ("gpt2-small", "gpt2-xl"):
         add(f"host-{model}", "cuda", sophia.host, model)
     add("host-instructions", "any", instructions.step_instructions)
@@ -91,16 +91,16 @@ def _workloads():
         ("llama-7b", "top", "high"),
         ("llama-7b", "top", "medium"),
     ):
-        add(f"expand-fwd-{pair}-{kind}-{precision}", "cuda", expansion.forward, pair, kind, precision)
-    add("expand-fwd-compiled-gpt2-medium", "cuda", expansion.forward_compiled, "gpt2-medium")
-    add("expand-bwd-gpt2-medium-top", "cuda", expansion.backward, "gpt2-medium", "top")
-    add("mix", "cuda", expansion.mix, "gpt2-medium")
+        add(f"expand-fwd-{pair}-{kind}-{precision}", "cuda", kron.forward, pair, kind, precision)
+    add("expand-fwd-compiled-gpt2-medium", "cuda", kron.forward_compiled, "gpt2-medium")
+    add("expand-bwd-gpt2-medium-top", "cuda", kron.backward, "gpt2-medium", "top")
+    add("mix", "cuda", kron.mix, "gpt2-medium")
     for pair in ("gpt2-medium", "llama-7b"):
-        add(f"memory-{pair}", "cuda", expansion.memory, pair)
+        add(f"memory-{pair}", "cuda", kron.memory, pair)
     add("cpu-step", "cpu", sophia.cpu_step)
     add("cpu-step-pages-kept", "cpu", sophia.cpu_step_pages_kept)
     for module in ("query", "fc"):
-        add(f"cpu-expand-{module}", "cpu", expansion.cpu_expand, module)
+        add(f"cpu-expand-{module}", "cpu", kron.cpu_expand, module)
     return {workload.name: workload for workload in workloads}
 
 
