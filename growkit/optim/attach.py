@@ -99,6 +99,8 @@ def after_step(optimizer):
     """Count the step, refresh if one is due, and warn where no refresh ever comes."""
     attachment, group = optimizer._attachment, optimizer.param_groups[0]
     optimizer._since_refresh += 1
+    if is_due(group):
+        optimizer._observe()
     # A step with no forward before it (a checkpoint library making the state) is not one of the schedule.
     if attachment is None or attachment.inputs is not None:
         due = attachment is not None and is_due(group)

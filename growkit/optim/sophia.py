@@ -4,6 +4,7 @@ The update and the refreshes are `growkit.ops`, called once per bucket (`buckets
 and on what, is `attach`; how, `curvature`.
 """
 
+import math
 import warnings
 
 import torch
@@ -14,6 +15,7 @@ from growkit.optim import curvature
 from growkit.optim.attach import Attachment, after_step, as_call, is_due, run
 from growkit.optim.buckets import Buckets, as_real
 from growkit.optim.state import check_file, complete_groups, convert, of_file, share_steps
+from growkit.optim.telemetry import START, TARGET, Telemetry
 
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64, torch.complex128)
 
@@ -32,6 +34,7 @@ class _Sophia(Optimizer):
     def __init__(self, params, **defaults):
         zero = torch.zeros((), dtype=torch.int64)
         schedule = {"every": 0, "phase": "paper", "steps": zero, "refreshes": zero.clone()}
+        schedule["unclipped"] = torch.tensor(-1.0, dtype=torch.float64)  # what rho="auto" goes by, not known yet
         self._reset_runtime()
         super().__init__(params, {**defaults, **schedule})
 
@@ -44,17 +47,25 @@ class _Sophia(Optimizer):
         self._skipped = 0
         self._skipped_steps = {}  # device -> count, a tensor; a dict, for torch 2.10 traces no assignment to attributes
         self._buckets = Buckets(type(self).__name__, self._curvature_codes)
-        self._reported = None  # copies of both for the host, made at a refresh and read at the next one
-        self._all_clipped = False
+        self._telemetry = Telemetry()
         self._warned = set()
 
     def add_param_group(self, param_group):
         if self.param_groups:  # one schedule for all groups
-            schedule = {key: self.param_groups[0][key] for key in ("every", "phase", "steps", "refreshes")}
+            keys = ("every", "phase", "steps", "refreshes", "unclipped")
+            schedule = {key: self.param_groups[0][key] for key in keys}
             param_group = {**schedule, **param_group} if isinstance(param_group, dict) else param_group
         super().add_param_group(param_group)
+        group = self.param_groups[-1]
         try:
-            self._check_group(self.param_groups[-1])
+            if isinstance(group["rho"], str):
+                if group["rho"] != "auto":
+                    raise ValueError(f"Invalid rho: {group['rho']!r}, expected a finite number >= 0 or 'auto'")
+                target = group["target_unclipped"]
+                group |= {"rho": START, "target_unclipped": TARGET if target is None else target}
+            self._check_group(group)
+            if group["target_unclipped"] is not None:  # a tensor, as `steps` is
+                group["rho"] = torch.tensor(float(group["rho"]), dtype=torch.float64)
         except Exception:
             self.param_groups.pop()
             raise
@@ -74,6 +85,17 @@ class _Sophia(Optimizer):
         for name, called in (("lr", "learning rate"), ("rho", "rho"), ("weight_decay", "weight_decay"), ("eps", "eps")):
             if not 0 <= float(group[name]) < float("inf"):
                 raise ValueError(f"Invalid {called}: {group[name]}, expected a finite number >= 0")
+        target = group["target_unclipped"]
+        if target is not None and not (0 < target < 1 and group["rho"] > 0):
+            raise ValueError(
+                f"Invalid target_unclipped: {target} with rho={group['rho']}, expected None or a fraction between 0 "
+                "and 1 with rho > 0"
+            )
+        if target != self.param_groups[0]["target_unclipped"]:
+            raise ValueError(
+                f"Invalid target_unclipped: {target}, expected {self.param_groups[0]['target_unclipped']} as in the "
+                "first group: the fraction is that of all parameters together"
+            )
         self._check_bs(group["bs"])
         if not isinstance(group["betas"], (tuple, list)) or len(group["betas"]) != 2:
             raise ValueError(f"Invalid betas: {group['betas']}, expected two numbers")
@@ -154,6 +176,7 @@ class _Sophia(Optimizer):
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
         self._buckets.clear()
+        self._telemetry = Telemetry()
         share_steps(self.param_groups, self.state)
 
     # --- update ---
@@ -181,6 +204,10 @@ class _Sophia(Optimizer):
         after_step(self)
         return loss
 
+    def _observe(self):
+        if not _capturing():
+            self._telemetry.after_due_step(self._buckets.prepare(self.param_groups, self.state), self._denominator)
+
     def _check_capture(self):
         name = "_accelerator_graph_capture_health_check"  # under torch 2.10 with another first word
         getattr(self, name, getattr(self, "_cuda_graph_capture_health_check", None))()
@@ -193,14 +220,20 @@ class _Sophia(Optimizer):
     def _update(self, bs):
         prepared = self._buckets.prepare(self.param_groups, self.state)
         scale, skip = self._scale_and_skip(prepared)
-        # A graph counts whenever it runs: which of its runs comes before a refresh is not known here.
-        counting = torch.compiler.is_compiling() or _capturing() or is_due(self.param_groups[0])
+        # A graph counts whenever it runs: which of its runs comes before a refresh is not known here, nor where
+        # update_hessian() is called by hand.
+        first = self.param_groups[0]
+        by_hand = first["target_unclipped"] is not None and not first["every"]
+        counting = torch.compiler.is_compiling() or _capturing() or by_hand or is_due(first)
         if counting:
             self._unclipped.clear()
         for group, buckets in prepared:
             lr, rho_bs = group["lr"], group["rho"] * (group["bs"] if bs is None else bs)
-            if isinstance(lr, torch.Tensor) and torch.compiler.is_compiling():
-                rho_bs = torch.as_tensor(rho_bs, dtype=torch.float64)  # the op takes two tensors or two numbers
+            if torch.compiler.is_compiling() and any(isinstance(each, torch.Tensor) for each in (lr, rho_bs)):
+                # The op takes two tensors or two numbers.
+                lr, rho_bs = (torch.as_tensor(each, dtype=torch.float64) for each in (lr, rho_bs))
+            elif group["target_unclipped"] is not None:
+                rho_bs = float(rho_bs)
             if buckets:
                 step = buckets[0]["step"]
                 # A skipped step counts only where asking would make the host wait for the device.
@@ -309,8 +342,9 @@ class _Sophia(Optimizer):
         prepared = self._buckets.prepare(self.param_groups, self.state)
         if not any(buckets for _, buckets in prepared):
             return
-        finite = [ops.squared_norm(bucket["g"]).isfinite() for _, buckets in prepared for bucket in buckets]
-        skip = ~torch.stack([each.to(finite[0].device) for each in finite]).all()
+        norms = [ops.squared_norm(bucket["g"]) for _, buckets in prepared for bucket in buckets]
+        norm = sum(each.to(norms[0].device) for each in norms).sqrt()
+        skip = ~norm.isfinite()
         if count is not None:
             skip = skip | (count == 0)
         self._skipped = self._skipped + skip
@@ -319,39 +353,43 @@ class _Sophia(Optimizer):
             for bucket in buckets:
                 u = None if probes is None else [as_real(probes[params[i]]) for i in bucket["parameter"]]
                 self._fold_bucket(group, bucket, count, skip, u)
+        self._since_refresh = 0
+        self._tell(prepared, norm if count is None else norm / count)
         for group in self.param_groups:
             group["refreshes"] = group["refreshes"] + 1
-        self._since_refresh = 0
-        self._report()
 
     def _refresh_key(self):
         """What the random bits of the next refresh are keyed by: of the first group, for all of them."""
         return {"seed": self.param_groups[0]["seed"], "refresh": int(self.param_groups[0]["refreshes"])}
 
-    def _report(self):
-        """Warn of what counts copied to the host at an earlier refresh say, once they have arrived: nothing waits."""
-        if self._reported is not None:
-            arrived, skipped, unclipped = self._reported
-            if not all(event.query() for event in arrived):
-                return
-            if skipped > 0:
-                self._warn_once(
-                    "skipped",
-                    f"{type(self).__name__} skipped a curvature refresh that was not finite or had no labels; "
-                    "stats()['skipped'] counts them",
-                )
-            all_clipped = self.param_groups[0]["refreshes"] > 3 and unclipped and sum(unclipped) == 0
-            if all_clipped and self._all_clipped:  # twice running, for a single step may have been skipped
-                self._warn_once(
-                    "all clipped",
-                    f"{type(self).__name__} clips every element, so h has no effect: raise rho, or check bs and the "
-                    "loss that the refresh differentiates",
-                )
-            self._all_clipped = all_clipped
-        counts = [self._skipped, *(count for count, _ in self._unclipped.values())]
-        skipped, *unclipped = map(_on_its_way, counts)
-        streams = {torch.cuda.current_stream(count.device) for count in counts if count.is_cuda}
-        self._reported = [stream.record_event() for stream in streams], skipped, unclipped
+    def _tell(self, prepared, norm):
+        """Warn, and set a rho that is "auto", by what earlier refreshes sent; send what this one has to say."""
+        elements = sum(counted for _, counted in self._unclipped.values())
+        fraction = None
+        if elements and self.param_groups[0]["refreshes"] > 0:  # before the first h is 0: that says nothing about rho
+            home = next(iter(self._unclipped))
+            fraction = sum(count.to(home) for count, _ in self._unclipped.values()).double() / elements
+        self._telemetry.warn(self)
+        for group in self.param_groups:
+            if group["target_unclipped"] is not None:
+                group["rho"] = self._telemetry.control(group)
+                group["unclipped"] = group["unclipped"] if fraction is None else fraction
+        skipped = torch.as_tensor(self._skipped)
+        self._telemetry.after_refresh(prepared, norm, fraction, skipped, int(self.param_groups[0]["refreshes"]) + 1)
+
+    def metrics(self):
+        """{name: number} for a logger, as of the last refresh whose numbers have arrived: the host never waits.
+
+        unclipped: fraction of elements with |m| < d in the step before it. rho: of the first group. refresh_grad_norm:
+        2-norm of the gradient of the sampled labels (SophiaG) or of Hu (SophiaH). h_q10, h_q50, h_q90: quantiles of
+        `h`. update_grad_cosine: of the update, apart from decay, and the gradient of that step; 1 is plain descent.
+        refreshes, skipped: how many, and how many of them were not finite. Quantiles and cosine are of some 65,536
+        elements spread evenly over all parameters. What is not finite or not known is left out; empty before the first
+        refresh.
+        """
+        told = self._telemetry.receive()
+        told = {"rho": float(self.param_groups[0]["rho"]), **told} if told else {}
+        return {name: value for name, value in told.items() if math.isfinite(value)}
 
     def stats(self):
         """How the optimizer fares: {steps, refreshes, skipped, skipped_steps, unclipped}. May wait for the device.
@@ -370,13 +408,6 @@ class _Sophia(Optimizer):
             "skipped_steps": sum(map(int, self._skipped_steps.values())),
             "unclipped": unclipped,
         }
-
-
-def _on_its_way(count):
-    """A copy on the host of a 0-d tensor, which arrives when its stream gets there."""
-    if not count.is_cuda:
-        return count.clone()
-    return torch.empty_like(count, device="cpu", pin_memory=True).copy_(count, non_blocking=True)
 
 
 def _capturing():
@@ -399,7 +430,8 @@ class SophiaG(_Sophia):
         torch's schedulers change in place, torch.compile(optimizer.step) is one graph for all values; take the first
         step, which makes the state, before compiling.
     betas: EMA factors of the gradient, per step, and of the curvature, per refresh.
-    rho: dimensionless; larger rho clips fewer elements. About 0.03 to 0.2; watch `stats()["unclipped"]`.
+    rho: dimensionless; larger rho clips fewer elements. About 0.03 to 0.2; watch `metrics()["unclipped"]`. "auto"
+        starts at 0.04 and brings that fraction to `target_unclipped`.
     weight_decay: decoupled, applied before the step.
     bs: labels per optimizer step in the official code, which multiplies h by it at use. `attach` and `refresh` count
         labels themselves and store h so that bs cancels; with bare `update_hessian()` it must be the number of labels.
@@ -411,6 +443,9 @@ class SophiaG(_Sophia):
     clip_grad_norm: clip the 2-norm of all gradients together to this, in place of torch.nn.utils.clip_grad_norm_:
         `.grad` stays as it is, and the step reads it once less. A step whose norm is not finite is skipped, counted
         in stats()["skipped_steps"]. Refreshes are not clipped.
+    target_unclipped: a fraction between 0 and 1, 0.2 with rho="auto": each refresh multiplies rho by
+        sqrt(target_unclipped/unclipped), at most by 2 either way, going by what the refresh before it told. With a
+        number for rho it starts there; None leaves rho as it is. Group keys hold all of it.
     bf16_update: how bfloat16 parameters take a float32 result: "stochastic" rounding (unbiased, default), a float32
         "master" copy in the state, or "nearest" (small updates vanish). float16 parameters always keep a master copy.
     state_dtype: of m and h: None is float32, or wider for wider parameters; torch.bfloat16 halves the memory of both:
@@ -443,13 +478,14 @@ class SophiaG(_Sophia):
         bs=5120,
         eps=1e-15,
         clip_grad_norm=None,
+        target_unclipped=None,
         bf16_update="stochastic",
         state_dtype=None,
         seed=0,
     ):
         flags = {"foreach": foreach, "fused": fused, "capturable": capturable, "differentiable": differentiable}
         common = {"maximize": maximize, "eps": eps, "clip_grad_norm": clip_grad_norm, "seed": seed, **flags}
-        common |= {"bf16_update": bf16_update, "state_dtype": state_dtype}
+        common |= {"bf16_update": bf16_update, "state_dtype": state_dtype, "target_unclipped": target_unclipped}
         super().__init__(params, lr=lr, betas=betas, rho=rho, weight_decay=weight_decay, bs=bs, **common)
 
     def update_hessian(self):
@@ -506,13 +542,14 @@ class SophiaH(_Sophia):
         differentiable=False,
         eps=1e-12,
         clip_grad_norm=None,
+        target_unclipped=None,
         bf16_update="stochastic",
         state_dtype=None,
         seed=0,
     ):
         flags = {"foreach": foreach, "fused": fused, "capturable": capturable, "differentiable": differentiable}
         common = {"maximize": maximize, "eps": eps, "clip_grad_norm": clip_grad_norm, "seed": seed, **flags}
-        common |= {"bf16_update": bf16_update, "state_dtype": state_dtype}
+        common |= {"bf16_update": bf16_update, "state_dtype": state_dtype, "target_unclipped": target_unclipped}
         super().__init__(params, lr=lr, betas=betas, rho=rho, weight_decay=weight_decay, bs=1, **common)
 
     def update_hessian(self, u=None):

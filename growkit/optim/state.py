@@ -104,6 +104,8 @@ def complete_groups(param_groups, groups, defaults):
             group[key] = torch.as_tensor(group[key]).clone()
         if "gamma" in group:
             group["rho"] = group.pop("gamma") / group["bs"]
+        if group["target_unclipped"] is not None:
+            group["rho"] = torch.as_tensor(group["rho"], dtype=torch.float64).clone()
     return groups
 
 
