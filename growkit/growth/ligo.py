@@ -3,18 +3,38 @@
 import copy
 import math
 import warnings
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import nn
 
 from growkit import ops
-from growkit.growth.architectures import FAMILIES
-from growkit.growth.spaces import HeadStructured, Identity, IdentityTop
+from growkit.growth.families import FAMILIES
+from growkit.growth.families.table import Family, match
+from growkit.growth.fit import fit
+from growkit.growth.layout import assemble, matrices, pieces, shape_of
+from growkit.growth.spaces import Map
+from growkit.growth.starts import STARTS, Growth, Random, depth_map, obstacles, source_layers, ties, width_maps
+from growkit.growth.target import grown_config
 from growkit.kron import plan
 
-STARTS = ("lossless", "closest", "official")
+StartName = Literal[
+    "lossless",
+    "closest",
+    "official",
+    "stack",
+    "interpolate",
+    "overlap",
+    "zero_blocks",
+    "hypercloning",
+    "lemon",
+    "zero_pad",
+]
+Sharing = Literal["model", "target", "source"]
+
+# Relative change of an output that passes for none, by the dtype that the model computes in.
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 1e-1}
 
 
 class Flops(NamedTuple):
@@ -22,477 +42,505 @@ class Flops(NamedTuple):
     backward: int
 
 
+class Row(NamedTuple):
+    """One line of the family's table in one growth: parameters of one module type, small and large.
+
+    pattern: with "*" for the layer, without the backbone's prefix. entries: of the table, one per dimension.
+    keys: of `LiGO.depth`, one per joined piece; the layers of both sides are in order.
+    offset: what the model adds to the stored value.
+    """
+
+    pattern: str
+    entries: tuple
+    small_names: list[str]
+    names: list[str]
+    small_shape: list[int]
+    shape: list[int]
+    keys: list[str]
+    offset: float
+
+    @property
+    def layered(self) -> bool:
+        return "*" in self.pattern
+
+
 class LiGO(nn.Module):
     """Grow a model by a learned linear map of its weights: W_new[l2] = sum_l1 w[l2,l1] B W[l1] A^T.
 
-    small_model: a Hugging Face GPT2LMHeadModel or BertForMaskedLM; it is read, never changed.
-    big_config: config of the model to grow into, nowhere smaller, of the same vocabulary, positions and activation.
-    start: "lossless"  the grown model computes what the small one does; ValueError where no such growth exists, which
-                       is a post-LN model (BERT) whose hidden size is no multiple of the small one's
-           "closest"   lossless where possible; elsewhere near, with a warning; `error` is the measured distance
-           "official"  as the authors' code: random rows, noisy stacking, read side tied to write side
+    small_model: a Hugging Face model of a family in `growkit.growth.families`, with any of its heads; it is read, never
+        changed. Or its config, with `weights`.
+    big_config: config to grow into, nowhere smaller, or config field -> size for those that grow. What is not a size
+        stays as the small model has it; a config that sets it otherwise is refused.
+    start: "lossless"      the grown model computes what the small one does; ValueError where no such growth exists
+           "closest"       lossless where possible; elsewhere near, with a warning that tells the measured change
+           "official"      as the authors' code: random rows, noisy stacking, read side tied to write side
+           "stack"         layers 012012 (StackBERT, G_stack); "interpolate" 001122; "overlap" the bottom and the top
+                           part (SOLAR). None of them keeps the function; widths grow as in "lossless"
+           "zero_blocks"   LLaMA-Pro: depth only, new layers add nothing. Lossless
+           "hypercloning"  everything widened by copies, read in unequal parts so that they can part ways. Lossless
+           "lemon"         as "lossless", but new heads and hidden units are copies read in random parts. Lossless
+           "zero_pad"      the stream padded with zeros: lossless under RMSNorm, not under LayerNorm
     sharing: which maps of attention heads and MLP are shared: "model" (one for all layers, Algorithm 1; default),
         "target" (one per large layer, the authors' code; default of "official") or "source" (one per small layer,
         Eq. 8). The residual stream is one axis through all layers and always has one map a side.
     seed: of everything random here; the global random stream is neither read nor advanced.
+    family: a table of your own for a model whose `config.model_type` has none; the model is then built as
+        type(small_model)(config).
+    weights: name -> tensor, read one module type at a time whenever it is needed; by default the small model's
+        parameters, which are copied, stacked by module type.
 
-    config: a copy of big_config whose norm eps is the small one's times D1/D2 where the start pads the residual
-        stream, as the variance over D2 coordinates shrinks by that factor; with "official" as given.
+    config: the grown model's.
+    rows: what the table says of this model, as `Row`s.
     maps, depth: the learned operators; `maps["ffn_read"]` may be replaced by another map of `growkit.growth.spaces`.
     ties: side -> side whose map it uses while it has none of its own in `maps`.
-    exact, reason: whether the start (or what `fit` left) computes what the small model does, and if not, why.
-    error: max |logit change| / max |logit| on random tokens, measured by "closest" where it is not exact; else None.
-    Operators are promote_types(small dtype, float32). Memory: one copy of the small weights, stacked by module type.
+    reason: why the start cannot be lossless; empty where it is meant to be. `exact` and `check()` measure.
+    Operators are promote_types(small dtype, float32).
     """
 
-    def __init__(self, small_model, big_config, start="lossless", sharing=None, seed=0):
+    fit = fit
+
+    def __init__(
+        self,
+        small_model: nn.Module | Any,
+        big_config: Any | Mapping[str, int],
+        start: StartName = "lossless",
+        sharing: Sharing | None = None,
+        seed: int = 0,
+        *,
+        family: Family | None = None,
+        weights: Mapping[str, torch.Tensor] | None = None,
+    ):
         super().__init__()
         if start not in STARTS:
             raise ValueError(f"start: got {start!r}, expected one of {', '.join(map(repr, STARTS))}")
         sharing = sharing or ("target" if start == "official" else "model")
-        if sharing not in ("model", "target", "source"):
+        if sharing not in get_args(Sharing):
             raise ValueError(f"sharing: got {sharing!r}, expected 'model', 'target' or 'source'")
-        family, small, big = _compare(small_model, big_config)
-        weights = _weights(small_model)
-
-        padded = small["hidden"] != big["hidden"] and not (family.post_norm and big["hidden"] % small["hidden"] == 0)
-        self.reason = ""
-        if start == "official":
-            self.reason = "the published start mixes neurons and layers at random"
-        elif padded and family.post_norm:
-            nearest = max(1, round(big["hidden"] / small["hidden"])) * small["hidden"]
-            self.reason = (
-                f"a post-LN model keeps its function only if {family.hidden} is a multiple of {small['hidden']}: "
-                f"got {big['hidden']}, nearest {nearest}"
-            )
-            if start == "lossless":
-                raise ValueError(f'big_config.{family.hidden}: {self.reason}; start="closest" comes near')
-        self.exact = not self.reason
-        self.error = None
         self.sharing, self.seed = sharing, seed
-        self.config = copy.deepcopy(big_config)
-        self.config.architectures = [type(small_model).__name__]
-        if start != "official":
-            eps = getattr(small_model.config, family.eps)
-            setattr(self.config, family.eps, eps * small["hidden"] / big["hidden"] if padded else eps)
-        self._model_class, self._small_dtype = type(small_model), small_model.dtype
+        with torch.device("cpu"):  # a default device must not decide where maps are made
+            self._begin(_unwrapped(small_model), big_config, STARTS[start], family, weights)
+        self.to(self._first_device)
+        if start == "closest" and self.reason:
+            warnings.warn(f"not lossless: {self.reason}; outputs change by {self.check():.2g} relative", stacklevel=2)
 
-        # One row per module type: its small weights stacked, its maps, its depth vector.
-        self.depth = nn.ParameterDict()
-        self._rows = []
-        random = _Random(seed, torch.promote_types(small_model.dtype, torch.float32))
-        for name, axes in family.weights.items():
-            names = [name.replace("*", str(layer)) for layer in range(small["layers"] if "*" in name else 1)]
-            if names[0] in weights:
-                stack = torch.stack([weights.pop(name).detach() for name in names])
-                self._add_row(name, axes, stack, family, small, big, start, random)
-        if weights:
+    def _begin(self, small_model, big_config, start, family, weights):
+        model = small_model if isinstance(small_model, nn.Module) else None
+        self.small_config = copy.deepcopy(small_model if model is None else getattr(model, "config", None))
+        model_type = getattr(self.small_config, "model_type", None)
+        family = family or FAMILIES.get(model_type)
+        if family is None:
             raise ValueError(
-                f"small_model: {self._model_class.__name__} has weights that the {big_config.model_type} table does "
-                f"not know: {', '.join(sorted(weights))}"
+                f"small_model: got {type(small_model).__name__} of model_type {model_type!r}, expected a Hugging Face "
+                f"model of {', '.join(FAMILIES)}, or family= with a table of your own"
             )
-        sides = {side for row in self._rows for part in row.parts for side in (part.B, part.A) if side}
-        layers = {"model": (), "target": (big["layers"],), "source": (small["layers"],)}[sharing]
-        tied = small_model.config.tie_word_embeddings
-        if start == "official":
-            self.ties = _official_ties(sides, tied)
-            maps = _official_maps(sides - self.ties.keys(), small, big, layers, random)
-        else:
-            self.ties = {}
-            maps = _near_maps(family, small, big, layers, tied, small_model.config, random)
-        self.maps = nn.ModuleDict({side: maps[side] for side in sorted(sides - self.ties.keys())})
-        self.to(small_model.device)
+        if model is None and weights is None:
+            raise ValueError("weights: got None with a config, expected a mapping of name to tensor")
+        self._model_class = type(model) if model is not None else _class_of(self.small_config)
+        L1, L2 = _layers(family, self.small_config, big_config)
+        source = source_layers(start.depth, L1, L2)
+        self._small, self._big, self.config = grown_config(family, self.small_config, big_config, source)
+        self.config.architectures = [self._model_class.__name__]
+        skeletons = [_meta(self._model_class, config) for config in (self.small_config, self.config)]
+        expected, grown = (dict(skeleton.named_parameters()) for skeleton in skeletons)
+        self._source, self._generation_config = source, copy.deepcopy(getattr(model, "generation_config", None))
+        if weights is None:
+            weights = dict(model.named_parameters())
+            _check_names(weights, expected)
+        first = weights[next(iter(expected))]
+        self._dtype, self._first_device = first.dtype, first.device
+        if model is not None:
+            self._dtype = getattr(model, "dtype", self._dtype)
+        if not self._dtype.is_floating_point:
+            raise ValueError(f"small_model: weights are {self._dtype}, expected floating point; dequantize it first")
 
-        if start == "closest" and not self.exact:
-            self.error = _logit_change(small_model, self.grow(), random)
-            warnings.warn(f"not lossless: {self.reason}; logits change by {self.error:.2g} relative", stacklevel=2)
+        self.rows = _rows(family, skeletons, self._small, self._big, self._model_class)
+        growth = Growth(family, self._small, self._big, start, self.small_config, _is_tied(family, skeletons[0]))
+        self._buffers_of_small = {} if model is None else _kept_buffers(model)
+        tolerance = TOLERANCE[self._dtype]
+        self.reason = "; ".join(obstacles(growth, tolerance))
+        if self.reason and start.lossless:
+            raise ValueError(f'big_config.{self.reason}; start="closest" comes near')
+        self._rms = family.residual.norm == "rms"
+        random = Random(self.seed, torch.promote_types(self._dtype, torch.float32))
+        self.depth, self._weights = nn.ParameterDict(), weights
+        for row in self.rows:
+            for key, piece in zip(row.keys, pieces(row.entries), strict=True):
+                if row.layered:
+                    self.depth[key] = nn.Parameter(depth_map(growth, row.pattern, piece.sides, random))
+        if model is not None:
+            for row in self.rows:
+                for key, W in zip(row.keys, self._load(row), strict=True):
+                    self.register_buffer(f"small_{key}", W, persistent=False)
+            self._weights = None
+        sides = {
+            side: row.layered for row in self.rows for piece in pieces(row.entries) for side in piece.sides if side
+        }
+        layered = {side.partition("_")[0] for side, inside in sides.items() if inside} - {"residual", "head"}
+        layers = {"model": (), "target": (L2,), "source": (L1,)}[self.sharing]
+        self.ties = ties(growth, set(sides))
+        maps = width_maps(growth, sides.keys() - self.ties.keys(), layers, layered, random)
+        self.maps = nn.ModuleDict({side: maps[side] for side in sorted(maps)})
 
-    def _add_row(self, name, axes, stack, family, small, big, start, random):
-        """Take up one line of the family's table: a buffer, a depth vector and two maps per part of a joined axis."""
-        layered = "*" in name
-        names = [name.replace("*", str(layer)) for layer in range(big["layers"])] if layered else [name]
-        joined = next((axis for axis, entry in enumerate(axes) if isinstance(entry, tuple)), None)
-        pieces = axes[joined] if joined is not None else (None,)
-        stacks = stack.chunk(len(pieces), 1 + joined) if joined is not None else (stack,)
-        parts = []
-        for piece, W in zip(pieces, stacks, strict=True):
-            sides = [piece if axis == joined else entry for axis, entry in enumerate(axes)]
-            key = (name.rpartition("*.")[2] + (f".{piece.partition('_')[0]}" if piece else "")).replace(".", "_")
-            if W.ndim == 2:  # a vector is a matrix of one column
-                W, sides = W.unsqueeze(-1), [*sides, None]
-            if layered and start == "official":
-                self.depth[key] = nn.Parameter(_stack_noisy(small["layers"], big["layers"], random))
-            elif layered:
-                w = _depth_lossless(name, sides, family, small["layers"], big["layers"], self.config, random)
-                self.depth[key] = nn.Parameter(w)
-                if w.shape[1] > len(W):
-                    W = torch.cat([W, torch.ones_like(W[:1])])
-            self.register_buffer(f"small_{key}", W.contiguous(), persistent=False)
-            parts.append(_Part(key, sides[0], sides[1], layered))
-        self._rows.append(_Row(names, parts, joined, stack.ndim == 2))
+    def _load(self, row):
+        """The small weights of one row, checked: a stack [L1, rows, columns] per piece, maybe with a layer of ones."""
+        found = []
+        for name in row.small_names:
+            if name not in self._weights:
+                raise ValueError(f"weights: has no {name}")
+            tensor = self._weights[name].detach()
+            if list(tensor.shape) != row.small_shape or tensor.dtype != self._dtype:
+                raise ValueError(
+                    f"small_model: {name} is {tensor.dtype} {list(tensor.shape)}, expected {self._dtype} "
+                    f"{row.small_shape} as the others and the config"
+                )
+            if not tensor.isfinite().all():
+                raise ValueError(f"small_model: {name} has {int((~tensor.isfinite()).sum())} elements NaN or infinite")
+            found.append(tensor)
+        stack = torch.stack(found)
+        stacks = []
+        for key, W in zip(
+            row.keys, matrices(stack + row.offset if row.offset else stack, row.entries, self._small), strict=True
+        ):
+            if row.layered and self.depth[key].shape[1] > len(W):
+                W = torch.cat([W, torch.ones_like(W[:1])])
+            stacks.append(W.contiguous())
+        return stacks
 
-    def _map(self, side):
-        return self.maps[side] if side in self.maps else self.maps[self.ties[side]]
+    def _stacks(self, row):
+        return self._load(row) if self._weights is not None else [self.get_buffer(f"small_{key}") for key in row.keys]
 
-    def _arguments(self, part):
-        """Arguments of `kron_expand` for one part, and what scales its rows and columns after it: vectors or None."""
-        maps = [self._map(side) if side else None for side in (part.B, part.A)]
-        W = self.get_buffer(f"small_{part.key}").to(next(self.parameters()).dtype)
-        w = self.depth[part.key] if part.layered else None
-        vectors = {}
-        for name, scale in zip(("row_scale", "column_scale"), [m.scale if m else 1.0 for m in maps], strict=True):
-            vectors[name] = scale.to(W.dtype) if isinstance(scale, torch.Tensor) else None
-            if vectors[name] is None and scale != 1.0:  # a number goes into the smallest operand
-                W, w = (W * scale, w) if w is None else (W, w * scale)
-        B, A = (m.tensor() if m else None for m in maps)
-        kinds = {f"{name}_kind": m.kind if m else "dense" for name, m in zip("BA", maps, strict=True)}
-        return dict(W=W, B=B, A=A, w=w, **kinds, sharing=self.sharing), vectors
+    def _map(self, side: str | None) -> Map | None:
+        side = self.ties.get(side, side) if side not in self.maps else side
+        return self.maps[side] if side in self.maps else None
 
-    def expand(self):
-        """All weights of the large model, name -> tensor, differentiable in the operators."""
-        arguments = [self._arguments(part) for row in self._rows for part in row.parts]
-        pieces = iter(ops.kron_expand_many([part for part, _ in arguments]))
-        scaled = ((next(pieces), scales) for _, scales in arguments)
-        return dict(weight for row in self._rows for weight in self._assemble(row, scaled))
-
-    def _assemble(self, row, scaled):
-        """Names and weights of one row of the table, whose parts are the next of `scaled`."""
-        pieces = []
-        for _ in row.parts:
-            piece, scales = next(scaled)
-            if scales["row_scale"] is not None:
-                piece = piece * scales["row_scale"][:, None]
-            if scales["column_scale"] is not None:
-                piece = piece * scales["column_scale"]
-            pieces.append(piece)
-        stack = pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1 + row.joined)
-        return zip(row.names, (stack.squeeze(-1) if row.vector else stack).unbind(), strict=True)
+    def _arguments(self, row):
+        """For every piece, arguments of `kron_expand` and what scales its rows and columns then: vectors or None."""
+        found = []
+        for key, piece, W in zip(row.keys, pieces(row.entries), self._stacks(row), strict=True):
+            maps = [self._map(piece.B), self._map(piece.A)]
+            w = self.depth[key] if row.layered else None
+            W = W.to(self._operator_dtype)
+            vectors = {}
+            for dim, (name, new) in enumerate(zip(("row_scale", "column_scale"), maps, strict=True), 1):
+                W, scale = (new.prepare(W, dim), new.scale) if new else (W, 1.0)
+                vectors[name] = scale.to(W.dtype) if isinstance(scale, torch.Tensor) else None
+                if vectors[name] is None and scale != 1.0:  # a number goes into the smallest operand
+                    W, w = (W * scale, w) if w is None else (W, w * scale)
+            B, A = (m.tensor() if m else None for m in maps)
+            kinds = {f"{name}_kind": m.kind if m else "dense" for name, m in zip("BA", maps, strict=True)}
+            found.append((dict(W=W, B=B, A=A, w=w, **kinds, sharing=self.sharing), vectors))
+        return found
 
     @property
-    def flops_per_expansion(self):
-        """Counted Flops(forward, backward) of one `expand` and its gradient (multiply and add are two)."""
-        forward = backward = 0
-        for part in (part for row in self._rows for part in row.parts):
-            problem = ops.kron_axes(*self._arguments(part)[0].values())
-            cost = plan.cost(plan.best_order(*problem), *problem)
-            forward, backward = forward + cost.flops, backward + cost.backward_flops
-        return Flops(forward, backward)
+    def _device(self):
+        return next((t.device for t in (*self.parameters(), *self.buffers())), self._first_device)
 
-    def fit(self, batches, steps=100, lr=1e-3, warmup=0.1, loss=None, accumulate=1, progress=None):
-        """Learn the operators on the large model's own loss; the small weights stay as they are. Returns the losses.
+    @property
+    def _operator_dtype(self):
+        return next(self.parameters()).dtype if len(self.depth) else torch.promote_types(self._dtype, torch.float32)
 
-        batches: iterable of model inputs: mappings with labels, or token tensors (then labels = tokens, for causal
-            models); steps * accumulate of them are taken.
-        loss: loss(model, batch) -> scalar; default the model's own. It is in train or eval mode as this module is.
-        lr: peak; linear warm-up over `warmup` * steps, then linear decay. AdamW without decay, gradients clipped at 1.
-        progress: called with (step, loss) after each step.
+    def expand(self) -> dict[str, torch.Tensor]:
+        """All weights of the large model, name -> tensor, differentiable in the operators."""
+        arguments = [self._arguments(row) for row in self.rows]
+        grown = iter(ops.kron_expand_many([part for parts in arguments for part, _ in parts]))
+        weights = {}
+        for row, parts in zip(self.rows, arguments, strict=True):
+            stack = self._assemble(row, [(next(grown), vectors) for _, vectors in parts])
+            weights |= zip(row.names, stack.unbind(), strict=True)
+        return weights
 
-        One expansion per step however many micro-batches are accumulated. Dropout is drawn from `seed`.
-        """
-        if steps < 1 or accumulate < 1:
-            raise ValueError(f"steps, accumulate: got {steps}, {accumulate}, expected at least 1")
-        if not lr > 0 or not 0 <= warmup <= 1:
-            raise ValueError(f"lr, warmup: got {lr}, {warmup}, expected lr > 0 and warmup within [0, 1]")
-        loss = loss or _model_loss
-        feed = iter(batches)
-        model = self._skeleton().train(self.training)
-        devices = [model.device] if model.device.type == "cuda" else []
-        parameters = dict(model.named_parameters())
-        optimizer = torch.optim.AdamW(self.parameters(), lr=lr, weight_decay=0.0)
-        rise = max(1, math.ceil(warmup * steps))
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: min(1.0, (step + 1) / rise, (steps - step) / max(1, steps - rise))
-        )
-        self.exact, self.reason = False, "the operator was trained"
-        losses = []
-        for step in range(steps):
-            weights = self.expand()
-            for name, parameter in parameters.items():  # leaves: the graph of the model ends here
-                parameter.data = weights[name].detach().to(parameter.dtype)
-                parameter.grad = None
-            total = 0.0
-            for micro in range(accumulate):
-                taken = step * accumulate + micro
-                try:
-                    batch = next(feed)
-                except StopIteration:
-                    raise ValueError(
-                        f"batches: ran out after {taken}, expected steps * accumulate = {steps * accumulate}"
-                    ) from None
-                with torch.random.fork_rng(devices):
-                    torch.manual_seed(self.seed + taken)
-                    value = loss(model, batch) / accumulate
-                    value.backward()
-                total = total + value.detach()
-            grown = [name for name, p in parameters.items() if p.grad is not None and weights[name].requires_grad]
-            torch.autograd.backward(
-                [weights[name] for name in grown],
-                [parameters[name].grad.to(weights[name].dtype) for name in grown],
-            )
-            nn.utils.clip_grad_norm_(self.parameters(), 1.0, error_if_nonfinite=True)
-            optimizer.step()
-            optimizer.zero_grad()
-            schedule.step()
-            losses.append(float(total))
-            if progress:
-                progress(step, losses[-1])
-        return losses
+    def _assemble(self, row, scaled):
+        """Large weights of one row as a stack, from what `kron_expand` gave and the scales of each piece."""
+        parts = []
+        for part, vectors in scaled:
+            if vectors["row_scale"] is not None:
+                part = part * vectors["row_scale"][:, None]
+            if vectors["column_scale"] is not None:
+                part = part * vectors["column_scale"]
+            parts.append(part)
+        if sum(part[0].numel() for part in parts) != math.prod(row.shape):
+            made = " and ".join(str(list(part.shape[1:])) for part in parts)
+            raise ValueError(f"maps: of {row.pattern} they make {made}, expected {row.shape} in all")
+        stack = assemble(parts, row.entries, self._big, row.shape)
+        return stack - row.offset if row.offset else stack
 
     @torch.no_grad()
-    def grow(self):
-        """The large model, of the small one's class and dtype, in eval mode.
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Name and value of every parameter of the large model, in the small dtype, one at a time.
+
+        Held at once: the small stack of one module type, the same widened, and one large tensor.
+        """
+        for row in self.rows:
+            parts = self._arguments(row)
+            per_layer = self.sharing == "target" and row.layered
+            if not per_layer:
+                parts = [
+                    (part | {"W": ops.kron_expand(**(part | {"w": None})), "B": None, "A": None}, v)
+                    for part, v in parts
+                ]
+            for layer, name in enumerate(row.names):
+                yield name, self._assemble(row, [(_layer(part, layer), v) for part, v in parts])[0].to(self._dtype)
+
+    @property
+    def flops_per_expansion(self) -> Flops:
+        """Counted Flops(forward, backward) of one `expand` and its gradient (multiply and add are two)."""
+        forward = backward = 0
+        for row in self.rows:
+            for part, _ in self._arguments(row):
+                problem = ops.kron_axes(*part.values())
+                cost = plan.cost(plan.best_order(*problem), *problem)
+                forward, backward = forward + cost.flops, backward + cost.backward_flops
+        return Flops(forward, backward)
+
+    @torch.no_grad()
+    def grow(self) -> nn.Module:
+        """The large model, of the small one's class and dtype, in eval mode, with its generation config and buffers.
 
         Its parameters are written in place, in panels: beside the model, memory for one small stack and about 64 MB, or
         256 MB where the stack of a row or column is so large that narrower panels would not pay (`plan.panels`).
         """
-        model = self._skeleton().eval()
+        model = self.skeleton().eval()
         parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
-        ops.kron_expand_into(self._parts_into(parameters))
+        others = []
+        ops.kron_expand_into(self._parts_into(parameters, others))
+        for row in others:
+            parts = [(ops.kron_expand(**part), vectors) for part, vectors in self._arguments(row)]
+            for name, value in zip(row.names, self._assemble(row, parts), strict=True):
+                parameters[name].copy_(value)
         return model
 
-    def _parts_into(self, parameters):
-        """What `kron_expand_into` takes, part by part: a small stack in the operators' dtype lives no longer."""
-        for row in self._rows:
-            targets = [parameters[name] for name in row.names]
-            if row.joined is not None:
-                targets = zip(*(target.chunk(len(row.parts), row.joined) for target in targets), strict=True)
-            else:
-                targets = [targets]
-            for part, out in zip(row.parts, targets, strict=True):
-                arguments, scales = self._arguments(part)
-                yield dict(out=[y.unsqueeze(-1) for y in out] if row.vector else list(out), **arguments, **scales)
+    def _parts_into(self, parameters, others):
+        """What `kron_expand_into` takes, part by part: a small stack in the operators' dtype lives no longer.
 
-    def _skeleton(self):
-        with torch.random.fork_rng([]):  # the constructor draws weights that are overwritten
-            model = self._model_class(copy.deepcopy(self.config))
-        return model.to(next(self.buffers()).device, self._small_dtype)
+        others: gets the rows whose pieces are not matrices inside their parameters.
+        """
+        for row in self.rows:
+            targets = [matrices(parameters[name][None], row.entries, self._big) for name in row.names]
+            start = parameters[row.names[0]].untyped_storage().data_ptr()
+            if row.offset or any(out.untyped_storage().data_ptr() != start for out in targets[0]):
+                others.append(row)
+                continue
+            for (part, vectors), *out in zip(self._arguments(row), *targets, strict=True):
+                yield dict(out=[y[0] for y in out], **part, **vectors)
+
+    def skeleton(self) -> nn.Module:
+        """A model of the large config on the small one's device, its parameters of no meaning yet."""
+        model = self._build(self.config)
+        modules = dict(model.named_modules())
+        for name, (value, persistent) in self._buffers_of_small.items():
+            for layer_name in _in_layers(name, self._source):
+                owner, _, leaf = layer_name.rpartition(".")
+                own = getattr(modules.get(owner), leaf, None)
+                if isinstance(own, torch.Tensor) and own.shape == value.shape:
+                    modules[owner].register_buffer(leaf, value.to(self._device, copy=True), persistent=persistent)
+        if self._generation_config is not None:
+            model.generation_config = copy.deepcopy(self._generation_config)
+        return model
+
+    def _build(self, config):
+        """A model of this config; the constructor draws weights that will be overwritten."""
+        config, devices = copy.deepcopy(config), [self._device] if self._device.type == "cuda" else []
+        with torch.random.fork_rng(devices), torch.device(self._device):
+            if hasattr(self._model_class, "_from_config"):
+                return self._model_class._from_config(config, dtype=self._dtype)
+            return self._model_class(config).to(self._device, self._dtype)
+
+    @torch.no_grad()
+    def small_model(self) -> nn.Module:
+        """The small model as this operator holds it, in eval mode."""
+        model = self._build(self.small_config).eval()
+        parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+        for row in self.rows:
+            stacks = [W[: len(row.small_names)] for W in self._stacks(row)]
+            stack = assemble(stacks, row.entries, self._small, row.small_shape)
+            for name, value in zip(row.small_names, stack - row.offset if row.offset else stack, strict=True):
+                parameters[name].copy_(value)
+        for name, (value, persistent) in self._buffers_of_small.items():
+            owner, _, leaf = name.rpartition(".")
+            model.get_submodule(owner).register_buffer(leaf, value.to(self._device, copy=True), persistent=persistent)
+        return model
+
+    def check(self, inputs: Mapping[str, torch.Tensor] | torch.Tensor | None = None) -> float:
+        """max |output_big - output_small| / max |output_small| of the present operators, measured.
+
+        inputs: of the models; default random tokens or pixels from `seed`. All floating outputs are compared, the
+        largest change counts; of a base model's hidden states the small one's coordinates, of logits the old tokens.
+        Builds both models.
+        """
+        small, big = self.small_model(), self.grow()
+        if inputs is None:
+            inputs = self._random_inputs(small)
+        if isinstance(inputs, torch.Tensor):
+            inputs = {getattr(small, "main_input_name", "input_ids"): inputs}
+        inputs = {name: x.to(self._device) if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
+        with torch.no_grad():
+            old, new = (_outputs(model(**inputs)) for model in (small, big))
+        changes = []
+        for name, a in old.items():
+            b = new[name][tuple(slice(n) for n in a.shape)]
+            changes.append(float(((b - a).abs().max() / a.abs().max()).nan_to_num(float("inf"))))
+        if not changes:
+            raise ValueError("inputs: the model gave no floating point output to compare")
+        return max(changes)
+
+    @property
+    def exact(self) -> bool:
+        """Whether `check()` finds a change that rounding explains: up to `TOLERANCE` of the dtype computed in, which is
+        float32 at most for RMSNorm models. Measured again whenever an operator has changed."""
+        present = [(id(t), t._version) for t in (*self.parameters(), *self.buffers())]
+        if getattr(self, "_measured", (None,))[0] != present:
+            dtype = torch.float32 if self._rms and self._dtype == torch.float64 else self._dtype
+            self._measured = present, self.check() <= TOLERANCE[dtype]
+        return self._measured[1]
+
+    def _random_inputs(self, model):
+        generator = torch.Generator("cpu").manual_seed(self.seed)
+        name = getattr(model, "main_input_name", "input_ids")
+        if "vocabulary" in self._small and name == "input_ids":
+            length = min(64, self._small.get("positions", 64) - 2)  # RoBERTa's positions start at 2
+            return {name: torch.randint(self._small["vocabulary"], (1, length), generator=generator, device="cpu")}
+        if name == "pixel_values":
+            config, size = self.small_config, self.small_config.image_size
+            size = (size, size) if isinstance(size, int) else tuple(size)
+            shape = (2, config.num_channels, *size)
+            return {name: torch.randn(shape, generator=generator, dtype=self._dtype, device="cpu")}
+        raise ValueError(f"inputs: expected some, as random {name} cannot be made for {type(model).__name__}")
 
 
-class _Part(NamedTuple):
-    key: str
-    B: str | None
-    A: str | None
-    layered: bool
+def _layer(part, layer):
+    """One large layer of a part, [1, rows, columns]."""
+    if part["w"] is None:
+        return part["W"]
+    part = part | {"w": part["w"][layer : layer + 1]}
+    for name in "BA":
+        if part[name] is not None and part[name].ndim == 3:
+            part[name] = part[name][layer : layer + 1]
+    return ops.kron_expand(**part)
 
 
-class _Row(NamedTuple):
-    names: list[str]
-    parts: list[_Part]
-    joined: int | None  # storage axis along which the parts are joined
-    vector: bool
+def _outputs(output):
+    """Floating point tensors of a model's output by name, hidden states and caches aside."""
+    if isinstance(output, torch.Tensor):
+        return {"output": output}
+    named = output.items() if isinstance(output, Mapping) else enumerate(output)
+    return {name: x for name, x in named if isinstance(x, torch.Tensor) and x.is_floating_point()}
 
 
-class _Random:
-    """Initial values, all from one seeded generator."""
-
-    def __init__(self, seed, dtype):
-        self.generator, self.dtype = torch.Generator().manual_seed(seed), dtype
-
-    def zeros(self, *shape):
-        return torch.zeros(shape, dtype=self.dtype)
-
-    def normal(self, *shape):
-        """Rows that keep the scale of what they mix."""
-        return torch.randn(shape, generator=self.generator, dtype=self.dtype) / math.sqrt(shape[-1])
-
-    def uniform(self, *shape):
-        return torch.rand(shape, generator=self.generator, dtype=self.dtype)
-
-    def top(self, rows, columns):
-        """[I; normal]."""
-        return torch.cat([torch.eye(columns, dtype=self.dtype), self.normal(rows - columns, columns)])
-
-    def padded(self, rows, columns):
-        """[I; 0]."""
-        return torch.eye(rows, columns, dtype=self.dtype)
-
-
-def _compare(small_model, big_config):
-    """Check that `small_model` can grow into `big_config`; returns the family and both tables of sizes."""
-    config = getattr(small_model, "config", None)
-    model_type = getattr(config, "model_type", None)
-    if model_type not in FAMILIES:
+def _unwrapped(model):
+    """The model inside torch.compile's and DDP's wrappers; ValueError for what has no plain weights."""
+    while isinstance(model, nn.Module):
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        else:
+            break
+    if hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False):
         raise ValueError(
-            f"small_model: got {type(small_model).__name__} of model_type {model_type!r}, "
-            f"expected a Hugging Face model of {', '.join(FAMILIES)}"
+            f"small_model: got {type(model).__name__} with PEFT adapters, expected merge_and_unload() of it"
         )
-    if getattr(big_config, "model_type", None) != model_type:
-        got = getattr(big_config, "model_type", type(big_config).__name__)
-        raise ValueError(f"big_config: got model_type {got!r}, expected {model_type!r} as the small model's")
-    family = FAMILIES[model_type]
-    for name in family.agree:
-        got, expected = getattr(big_config, name, None), getattr(config, name, None)
-        if got != expected:
-            raise ValueError(f"big_config.{name}: got {got!r}, expected {expected!r} as in the small model")
-    small, big = family.size(config), family.size(big_config)
-    for name in ("layers", "hidden", "heads", "ffn"):
-        if big[name] < small[name]:
-            raise ValueError(
-                f"big_config.{getattr(family, name)}: got {big[name]}, "
-                f"expected at least {small[name]} as in the small model"
-            )
-    if big["head_dim"] < small["head_dim"]:
-        raise ValueError(
-            f"big_config.{family.heads}: got {big['heads']}, which makes heads of {big['head_dim']}, "
-            f"expected at least {small['head_dim']} as in the small model"
-        )
-    return family, small, big
+    if isinstance(model, nn.Module):
+        for name, p in model.named_parameters():
+            if not p.is_floating_point() or type(p) not in (nn.Parameter, torch.Tensor):
+                raise ValueError(
+                    f"small_model: {name} is {type(p).__name__} of {p.dtype}, expected plain floating point: "
+                    f"a quantized model has to be dequantized and a sharded one gathered first"
+                )
+    return model
 
 
-def _weights(model):
-    """The model's parameters by name; ValueError where they are not those of its config, all of one dtype."""
-    weights = dict(model.named_parameters())
+def _class_of(config):
+    import transformers
+
+    name = next(iter(getattr(config, "architectures", None) or []), None)
+    if not hasattr(transformers, str(name)):
+        raise ValueError(f"small_model: config.architectures names {name!r}, expected a class of transformers")
+    return getattr(transformers, name)
+
+
+def _layers(family, config, wanted):
+    """Layers of the small and of the large model."""
+    large = family.layers.of(config)
+    if isinstance(wanted, Mapping):
+        return large, wanted.get(family.layers.field, large)
+    return large, getattr(wanted, family.layers.field, large)
+
+
+def _meta(model_class, config):
+    """The model with shapes and ties, without data."""
     with torch.random.fork_rng([]), torch.device("meta"):
-        expected = dict(type(model)(copy.deepcopy(model.config)).named_parameters())
+        return model_class(copy.deepcopy(config))
+
+
+def _check_names(weights, expected):
     for name in sorted(weights.keys() | expected.keys()):
         got, wanted = (list(group[name].shape) if name in group else None for group in (weights, expected))
         if got != wanted:
             raise ValueError(f"small_model: {name} is {got}, expected {wanted} by the model's own config")
-        if weights[name].dtype != model.dtype:
-            raise ValueError(f"small_model: {name} is {weights[name].dtype}, expected {model.dtype} as the others")
-    return weights
 
 
-def _depth_lossless(name, sides, family, L1, L2, config, random):
-    """w [L2, L1]: layer t copies layer s(t) = floor(t*L1/L2); of each run of copies only the first is not a no-op.
-
-    Pre-LN: a copy whose residual-writing weights are zero does nothing. Post-LN: it does nothing if also its input is
-    normalised already, so the affine of the norm that ends a layer moves to the end of the run and the norms it passes
-    get gain 1 and shift 0. That 1 is a constant layer of ones behind the small ones: w is [L2, L1+1] for such gains.
-    """
-    source = [t * L1 // L2 for t in range(L2)]
-    first = [t == 0 or source[t - 1] != s for t, s in enumerate(source)]
-    last = [t == L2 - 1 or source[t + 1] != s for t, s in enumerate(source)]
-    kinds = {side.partition("_")[2] for side in sides if side}
-    norm = bool(family.post_norm and kinds & {"gain", "shift"} and L2 > L1)
-    w = random.zeros(L2, L1 + (norm and "gain" in kinds))
-    if norm:
-        keep = last if family.post_norm == name.rpartition("*.")[2].rpartition(".")[0] else first
-    else:
-        keep = first if "residual_write" in sides else [True] * L2
-    for t, s in enumerate(source):
-        if keep[t]:
-            w[t, s] = 1.0
-        elif w.shape[1] > L1:
-            w[t, L1] = 1.0
-    if "query_write" in sides and getattr(config, family.layer_scaled_attention, False):
-        w *= torch.tensor([[(t + 1) / (s + 1)] for t, s in enumerate(source)], dtype=w.dtype)
-    return w
+def _is_tied(family, skeleton):
+    """Whether the output layer is another name of a parameter."""
+    every = {name for name, _ in skeleton.named_parameters(remove_duplicate=False)}
+    shared = every - {name for name, _ in skeleton.named_parameters()}
+    rows, _ = match(family, sorted(shared), getattr(skeleton, "base_model_prefix", ""))
+    return any("head_read" in entries for entries, _ in rows.values())
 
 
-def _stack_noisy(L1, L2, random):
-    """The published `stackbert_noisy`: U(0, 0.03), 1 at l2 mod L1, rows divided by their sum."""
-    w = 0.03 * random.uniform(L2, L1)
-    w[torch.arange(L2), torch.arange(L2) % L1] = 1.0
-    return w / w.sum(1, keepdim=True)
+def _rows(family, skeletons, small, big, model_class):
+    """The table's rows that this model has, checked against the shapes of both models."""
+    shapes = [{name: list(p.shape) for name, p in skeleton.named_parameters()} for skeleton in skeletons]
+    prefix = getattr(model_class, "base_model_prefix", "")
+    (rows, unknown), (grown, _) = (match(family, names, prefix) for names in shapes)
+    if unknown:
+        raise ValueError(
+            f"small_model: {model_class.__name__} has parameters that the family's table does not know: "
+            + ", ".join(unknown)
+        )
+    found = []
+    for pattern, (entries, names) in rows.items():
+        for sizes, shape, layers in ((small, shapes[0], names), (big, shapes[1], grown[pattern][1])):
+            if "*" in pattern and sorted(layers) != list(range(sizes["layers"])):
+                raise ValueError(
+                    f"small_model: {pattern} is in layers {sorted(layers)} of {sizes['layers']}, expected in all"
+                )
+            for name in layers.values():
+                if len(entries) != len(shape[name]) or shape_of(entries, sizes, shape[name]) != shape[name]:
+                    says = shape_of(entries, sizes, shape[name]) if len(entries) == len(shape[name]) else entries
+                    raise ValueError(f"family: {name} is {shape[name]}, the table says {says}")
+        local = pattern.rpartition("*.")[2]
+        keys = [f"{local}.{piece.name}".rstrip(".").replace(".", "_") for piece in pieces(entries)]
+        small_names, big_names = ([layers[t] for t in sorted(layers)] for layers in (names, grown[pattern][1]))
+        offset = family.residual.gain_offset if any(str(entry).endswith("_gain") for entry in entries) else 0.0
+        found.append(
+            Row(
+                pattern,
+                entries,
+                small_names,
+                big_names,
+                shapes[0][small_names[0]],
+                shapes[1][big_names[0]],
+                keys,
+                offset,
+            )
+        )
+    return found
 
 
-def _official_ties(sides, tied):
-    """A = B: what reads a space, or normalises it, uses the map of what writes it."""
-    head = "head_write" if "head_write" in sides and not tied else "residual_write"
-    writer = {"residual": "residual_write", "value": "value_write", "ffn": "ffn_write", "head": head}
-    ties = {side: writer[side.partition("_")[0]] for side in sides if side.partition("_")[0] in writer}
-    return {side: target for side, target in ties.items() if side != target}
+def _kept_buffers(model):
+    """Buffers by name, with whether they are saved."""
+    kept = {}
+    for prefix, module in model.named_modules():
+        for leaf, value in module.named_buffers(recurse=False):
+            name = f"{prefix}.{leaf}".lstrip(".")
+            kept[name] = value.detach().clone(), leaf not in module._non_persistent_buffers_set
+    return kept
 
 
-def _official_maps(sides, small, big, layers, random):
-    """The published `rand`: rows of U(0, 1) divided by their sum: a new coordinate is about the mean of the old."""
-    maps = {}
-    for side in sorted(sides):
-        space = side.partition("_")[0]
-        old, new = (sizes["ffn" if space == "ffn" else "hidden"] for sizes in (small, big))
-        batch = layers if space in ("query", "key", "value", "ffn") else ()
-        C = random.uniform(*batch, new - old, old)
-        maps[side] = Identity(old) if new == old else IdentityTop(C / C.sum(-1, keepdim=True))
-    return maps
-
-
-def _near_maps(family, small, big, layers, tied, config, random):
-    """Maps of the lossless start; for fractional growth of a post-LN model the nearest to it.
-
-    New coordinates are unread at first, yet learn: what is written there gives the zero reads a gradient, and once the
-    reads have moved all the rest has one too.
-    """
-    D1, D2, F1, F2 = small["hidden"], big["hidden"], small["ffn"], big["ffn"]
-    maps = {}
-
-    def add(side, C, scale=1.0):
-        maps[side] = IdentityTop(C, scale) if C.shape[-2] else Identity(C.shape[-1])
-
-    new = (D2 - D1, D1)
-    zeros, mean = random.zeros(*new), torch.full(new, 1 / D1, dtype=random.dtype)
-    if family.post_norm and D2 % D1 == 0:
-        # Copies [I; I; ...], read in unequal parts that sum to 1: with equal parts the copies would get equal
-        # gradients for ever. A tied head reads every copy whole, so its norm is divided instead.
-        parts = torch.arange(D2 // D1, 0, -1, dtype=random.dtype)
-        eye = torch.eye(D1, dtype=random.dtype)
-        whole = eye.repeat(D2 // D1 - 1, 1)
-        share = torch.cat([eye * part for part in parts[1:] / parts[0]] or [zeros])
-        first = float(parts[0] / parts.sum())
-        for side in ("residual_write", "residual_gain", "residual_shift", "head_write"):
-            add(side, whole.clone())
-        for side in ("residual_read", "head_read"):
-            add(side, share.clone(), first)
-        for side in ("head_gain", "head_shift"):
-            add(side, *((share.clone(), first) if tied else (whole.clone(), 1.0)))
-    else:
-        # New coordinates carry the mean of the old ones (LEMON, arXiv:2310.07999): LayerNorm's mean stays, its variance
-        # shrinks by D1/D2, and they come out as 0 times gain plus shift.
-        scale = math.sqrt(D1 / D2)
-        add("residual_write", mean.clone())
-        add("residual_read", zeros.clone())
-        add("residual_gain", random.normal(*new), scale)
-        add("residual_shift", mean.clone() if family.post_norm else random.normal(*new))
-        add("head_read", zeros.clone())
-        if family.post_norm:  # an evenly spaced selection has about the mean and variance of the whole
-            chosen = torch.eye(D1, dtype=random.dtype)[torch.arange(D2 - D1) * D1 // (D2 - D1) % D1]
-            add("head_write", chosen)
-            for side in ("head_gain", "head_shift"):
-                add(side, zeros.clone() if tied else chosen.clone())
-        else:
-            add("head_gain", random.normal(*new), scale)
-            add("head_shift", zeros.clone() if tied else random.normal(*new))
-
-    add("ffn_write", random.normal(*layers, F2 - F1, F1))
-    add("ffn_read", random.zeros(*layers, F2 - F1, F1))
-    H1, H2, d1, d2 = small["heads"], big["heads"], small["head_dim"], big["head_dim"]
-    if d1 == d2:
-        for side in ("query_write", "key_write", "value_write"):
-            add(side, random.normal(*layers, *new))
-        add("value_read", random.zeros(*layers, *new))
-    else:
-        # Scores are divided by sqrt(head_dim). New query dimensions are zero, new key dimensions are not: both zero
-        # would leave both without gradient.
-        scale = math.sqrt(d2 / d1) if getattr(config, family.scaled_attention, True) else 1.0
-
-        def heads(P, R, scale=1.0):
-            return HeadStructured(*(M.expand(*layers, -1, -1).clone() for M in (P, R)), scale)
-
-        maps["query_write"] = heads(random.top(H2, H1), random.padded(d2, d1), scale)
-        maps["key_write"] = heads(random.top(H2, H1), random.top(d2, d1))
-        maps["value_write"] = heads(random.top(H2, H1), random.top(d2, d1))
-        maps["value_read"] = heads(random.padded(H2, H1), random.padded(d2, d1))
-    return maps
-
-
-def _model_loss(model, batch):
-    inputs = batch if isinstance(batch, Mapping) else {"input_ids": batch, "labels": batch}
-    loss = model(**inputs).loss
-    if loss is None:
-        raise ValueError("batches: the model returned no loss; expected 'labels' in every batch, or pass loss=")
-    return loss
-
-
-@torch.no_grad()
-def _logit_change(small_model, big_model, random):
-    """max |logits_big - logits_small| / max |logits_small| on random tokens."""
-    config = small_model.config
-    tokens = torch.randint(config.vocab_size, (2, min(64, config.max_position_embeddings)), generator=random.generator)
-    tokens = tokens.to(small_model.device)
-    modes = {module: module.training for module in small_model.modules()}
-    try:
-        small, big = small_model.eval()(tokens).logits, big_model(tokens).logits
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-    return float((big - small).abs().max() / small.abs().max())
+def _in_layers(name, source):
+    """Names in the large model of a buffer of the small one: one per layer that resembles the small layer."""
+    parts = name.split(".")
+    at = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+    if at is None:
+        return [name]
+    return [".".join([*parts[:at], str(t), *parts[at + 1 :]]) for t, s in enumerate(source) if s == int(parts[at])]

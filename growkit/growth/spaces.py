@@ -6,6 +6,8 @@ produce it), *read* (of the weights that consume it), *gain* and *shift* (of nor
 linear path keeps the function where read^T write = I; LiGO as published ties all four sides to one map.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
@@ -19,19 +21,23 @@ class Map(nn.Module):
 
     kind = "dense"
 
-    def __init__(self, scale=1.0):
+    def __init__(self, scale: float | torch.Tensor = 1.0):
         super().__init__()
         if isinstance(scale, float):
             self.scale = scale
         else:
             self.register_buffer("scale", torch.as_tensor(scale))
 
-    def tensor(self):
+    def tensor(self) -> torch.Tensor | None:
         raise NotImplementedError
 
-    def matrix(self):
+    def matrix(self) -> torch.Tensor:
         """scale * M written out, [large, small] (or [layers, large, small]); for inspection and tests."""
         raise NotImplementedError
+
+    def prepare(self, W: torch.Tensor, dim: int) -> torch.Tensor:
+        """What `tensor()` multiplies along `dim` of a stack of small weights."""
+        return W
 
     def _scaled(self, M):
         return M * (self.scale if isinstance(self.scale, float) else self.scale.unsqueeze(-1))
@@ -40,7 +46,7 @@ class Map(nn.Module):
 class Identity(Map):
     """The axis keeps its size; nothing is learned."""
 
-    def __init__(self, size):
+    def __init__(self, size: int):
         super().__init__()
         self.size = size
 
@@ -56,7 +62,7 @@ class IdentityTop(Map):
 
     kind = "identity_top"
 
-    def __init__(self, C, scale=1.0):
+    def __init__(self, C: torch.Tensor, scale: float | torch.Tensor = 1.0):
         super().__init__(scale)
         self.C = nn.Parameter(C)
 
@@ -71,7 +77,7 @@ class IdentityTop(Map):
 class Dense(Map):
     """Any M [large, small] (or [layers, large, small]), learned whole."""
 
-    def __init__(self, M, scale=1.0):
+    def __init__(self, M: torch.Tensor, scale: float | torch.Tensor = 1.0):
         super().__init__(scale)
         self.M = nn.Parameter(M)
 
@@ -90,7 +96,7 @@ class Copy(Map):
 
     kind = "copy"
 
-    def __init__(self, index, small, scale=1.0):
+    def __init__(self, index: Sequence[int] | torch.Tensor, small: int, scale: float | torch.Tensor = 1.0):
         super().__init__(scale)
         index = torch.as_tensor(index)
         if index.ndim != 1 or index.dtype != torch.int64 or index.min() < 0 or index.max() >= small:
@@ -105,19 +111,66 @@ class Copy(Map):
         return self._scaled(torch.eye(self.small, device=self.index.device)[self.index])
 
 
+class Extension(Map):
+    """Old coordinates stay, new ones are the mean of the old: rows of a table that nothing has looked up yet."""
+
+    kind = "copy"
+
+    def __init__(self, small: int, large: int):
+        super().__init__()
+        self.small = small
+        self.register_buffer("index", torch.arange(large).clamp(max=small))
+
+    def tensor(self):
+        return self.index
+
+    def prepare(self, W, dim):
+        return torch.cat([W, W.mean(dim, keepdim=True)], dim)
+
+    def matrix(self):
+        return self.prepare(torch.eye(self.small, device=self.index.device), 0)[self.index]
+
+
+class HeadTop(Map):
+    """scale * [I; C (x) I]: old heads stay, new ones mix them as a whole: C [heads2-heads1, heads1] is learned.
+
+    It commutes with what happens inside every head alike, as rotary positions do.
+    """
+
+    kind = "identity_top"
+
+    def __init__(self, C: torch.Tensor, head_dim: int, scale: float | torch.Tensor = 1.0):
+        super().__init__(scale)
+        self.C, self.head_dim = nn.Parameter(C), head_dim
+
+    def tensor(self):
+        return _kron(self.C, torch.eye(self.head_dim, dtype=self.C.dtype, device=self.C.device))
+
+    def matrix(self):
+        C = self.tensor()
+        eye = torch.eye(C.shape[-1], dtype=C.dtype, device=C.device)
+        return self._scaled(torch.cat([eye.expand(*C.shape[:-2], -1, -1), C], -2))
+
+
 class HeadStructured(Map):
     """scale * P (x) R: head map P [heads2, heads1] times map inside a head R [head_dim2, head_dim1], both learned.
 
-    Where head_dim grows, [I; C] over the flat axis would put parts of two old heads in one new head; this does not.
+    R: or head_dim, for the identity. Where head_dim grows, [I; C] over the flat axis would put parts of two old heads
+    in one new head; this does not.
     """
 
-    def __init__(self, P, R, scale=1.0):
+    def __init__(self, P: torch.Tensor, R: torch.Tensor | int, scale: float | torch.Tensor = 1.0):
         super().__init__(scale)
-        self.P, self.R = nn.Parameter(P), nn.Parameter(R)
+        self.P, self.R = nn.Parameter(P), R if isinstance(R, int) else nn.Parameter(R)
 
     def tensor(self):
-        M = torch.einsum("...ij,...kl->...ikjl", self.P, self.R)
-        return M.flatten(-4, -3).flatten(-2)
+        R = self.R
+        return _kron(self.P, torch.eye(R, dtype=self.P.dtype, device=self.P.device) if isinstance(R, int) else R)
 
     def matrix(self):
         return self._scaled(self.tensor())
+
+
+def _kron(P, R):
+    """P (x) R, with or without leading dimensions."""
+    return torch.einsum("...ij,...kl->...ikjl", P, R).flatten(-4, -3).flatten(-2)

@@ -56,13 +56,13 @@ def _trained(config, steps=5):
     return model.eval()
 
 
-def _batches(count, masked=False):
+def _batches(count):
     """Counting up from a random token: easy to learn."""
     generator = torch.Generator().manual_seed(1)
     for _ in range(count):
         start = torch.randint(VOCABULARY, (4, 1), generator=generator)
         tokens = (start + torch.arange(16)) % VOCABULARY
-        yield {"input_ids": tokens, "labels": tokens} if masked else tokens
+        yield tokens
 
 
 @torch.no_grad()
@@ -101,7 +101,7 @@ def test_lossless_growth_of_a_randomised_gpt2_changes_no_logit(growth, options):
     small_size, big_size = GPT2_GROWTHS[growth]
     small = _model(_gpt2(*small_size, **options))
     operator = LiGO(small, _gpt2(*big_size, **options))
-    assert operator.exact and operator.error is None
+    assert operator.exact and not operator.reason
     assert _change(small, operator.grow()) < 1e-12
 
 
@@ -142,8 +142,8 @@ def test_closest_growth_of_bert_to_a_fractional_width_reports_its_error(tied):
     with pytest.warns(UserWarning, match="hidden_size is a multiple of 48: got 80, nearest 96"):
         operator = LiGO(small, big, start="closest")
     assert not operator.exact and "multiple of 48" in operator.reason
-    assert operator.error == pytest.approx(_change(small, operator.grow()), rel=0.5)
-    assert operator.error < 0.15 < _change(small, LiGO(small, big, start="official").grow())
+    assert operator.check() == pytest.approx(_change(small, operator.grow()), rel=0.5)
+    assert operator.check() < 0.15 < _change(small, LiGO(small, big, start="official").grow())
 
 
 def test_closest_is_lossless_where_that_is_possible():
@@ -156,7 +156,7 @@ def test_closest_is_lossless_where_that_is_possible():
 
 @pytest.fixture(scope="module")
 def golden():
-    return numpy.load(Path(__file__).parent / "data" / "ligo_bert_fp64.npz")
+    return numpy.load(Path(__file__).parents[1] / "data" / "ligo_bert_fp64.npz")
 
 
 @pytest.fixture(scope="module")
@@ -247,8 +247,10 @@ def _maps():
 @pytest.mark.parametrize("name", _maps())
 def test_a_map_applies_the_matrix_it_shows(name):
     new = _maps()[name]
-    operator = LiGO(_model(_gpt2(6, 2, 2, 6), torch.float32), _gpt2(6, 2, 3, 6), sharing="target")
-    before = operator.expand()
+    ffn = new.matrix().shape[-2]
+    operator = LiGO(_model(_gpt2(6, 2, 2, 6), torch.float32), _gpt2(6, 2, 3, ffn), sharing="target")
+    operator.maps["ffn_write"] = Copy([j % 6 for j in range(ffn)], 6)
+    before = {name: x[..., :6] for name, x in operator.expand().items()}
     operator.maps["ffn_write"] = new
     after = operator.expand()
     for layer in range(3):
@@ -289,12 +291,12 @@ def test_fit_lowers_the_loss_moves_every_operator_and_leaves_the_small_model(sma
     stream = torch.random.get_rng_state()
     seen = []
     losses = operator.fit(
-        _batches(24, small.model_type == "bert"), steps=12, lr=1e-2, accumulate=2,
+        _batches(24), steps=12, lr=1e-2, accumulate=2, mask_token=3,
         progress=lambda step, loss: seen.append((step, loss)),
     )  # fmt: skip
     assert min(losses[-3:]) < 0.95 * losses[0] and seen == list(enumerate(losses))
     assert not operator.exact
-    for name, value in operator.state_dict().items():
+    for name, value in operator.named_parameters():
         assert not value.equal(initial[name]), name
     assert model.training and all(p.requires_grad and p.grad is None for p in model.parameters())
     assert all(value.equal(before[name]) for name, value in model.state_dict().items())
@@ -395,10 +397,10 @@ def test_a_grown_checkpoint_loads_with_nothing_missing_or_unexpected(tmp_path, f
     assert _change(grown, loaded) == 0
 
 
-def test_pre_ln_growth_rescales_the_norm_eps():
-    operator = LiGO(_model(_gpt2(24, 3, 2)), _gpt2(32, 4, 2))
-    assert operator.config.layer_norm_epsilon == pytest.approx(1e-5 * 24 / 32)
-    assert operator.grow().config.layer_norm_epsilon == operator.config.layer_norm_epsilon
+def test_the_norm_eps_stays():
+    operator = LiGO(_model(_gpt2(24, 3, 2, layer_norm_epsilon=1e-2)), _gpt2(32, 4, 2))
+    assert operator.config.layer_norm_epsilon == 1e-2
+    assert operator.exact
 
 
 def test_flops_of_an_expansion_are_counted():
@@ -412,8 +414,8 @@ def test_flops_of_an_expansion_are_counted():
 
 
 BAD_GROWTHS = {
-    "vocabulary": (_gpt2(24, 3, 2), _gpt2(32, 4, 2), {"vocab_size": 62}, "big_config.vocab_size: got 62, expected 61"),
-    "positions": (_gpt2(24, 3, 2), _gpt2(32, 4, 2), {"n_positions": 8}, "big_config.n_positions: got 8, expected 24"),
+    "vocabulary": (_gpt2(24, 3, 2), _gpt2(32, 4, 2), {"vocab_size": 8}, "vocab_size: got 8, expected at least 61"),
+    "positions": (_gpt2(24, 3, 2), _gpt2(32, 4, 2), {"n_positions": 8}, "n_positions: got 8, expected at least 24"),
     "tie": (_gpt2(24, 3, 2), _gpt2(32, 4, 2), {"tie_word_embeddings": False}, "tie_word_embeddings: got False"),
     "activation": (_bert(24, 3, 2, 50), _bert(24, 3, 3, 50), {"hidden_act": "relu"}, "hidden_act: got 'relu'"),
     "fewer-layers": (_gpt2(24, 3, 2), _gpt2(32, 4, 1), {}, "big_config.n_layer: got 1, expected at least 2"),
@@ -444,8 +446,6 @@ def test_bad_arguments_are_refused_by_name():
         LiGO(small, big, sharing="layer")
     with pytest.raises(ValueError, match="small_model: got Linear of model_type None"):
         LiGO(nn.Linear(2, 2), big)
-    with pytest.raises(ValueError, match="GPT2ForSequenceClassification has weights .* does not know: score.weight"):
-        LiGO(transformers.GPT2ForSequenceClassification(_gpt2(24, 3, 2)), big)
     with pytest.raises(ValueError, match=r"index: expected .* \[0, 3\)"):
         Copy([0, 3], 3)
     untied = _model(_gpt2(24, 3, 2))
@@ -454,7 +454,7 @@ def test_bad_arguments_are_refused_by_name():
         LiGO(untied, big)
     mixed = _model(_gpt2(24, 3, 2))
     mixed.transformer.ln_f.float()
-    with pytest.raises(ValueError, match="ln_f.bias is torch.float32, expected torch.float64"):
+    with pytest.raises(ValueError, match="ln_f.weight is torch.float32 .*, expected torch.float64"):
         LiGO(mixed, big)
     operator = LiGO(small, big)
     with pytest.raises(ValueError, match="batches: ran out after 3, expected steps \\* accumulate = 8"):

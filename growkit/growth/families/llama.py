@@ -1,0 +1,43 @@
+"""LLaMA and its kin: RMS norms, a gated MLP, grouped queries, rotary positions. SmolLM and SmolLM2 are LLaMA."""
+
+from dataclasses import replace
+
+from growkit.growth.families.table import Attention, Family, Residual, Size, embedding, linear, norm, tensor
+
+LLAMA = Family(
+    layers=Size("num_hidden_layers"),
+    residual=Residual(Size("hidden_size"), norm="rms", eps="rms_norm_eps"),
+    attention=Attention(
+        Size("num_attention_heads"),
+        Size("num_key_value_heads", lambda config: config.num_attention_heads),
+        Size("head_dim", lambda config: config.hidden_size // config.num_attention_heads),
+        rotary=1.0,
+    ),
+    hidden={"ffn": Size("intermediate_size")},
+    tables={"vocabulary": Size("vocab_size"), "positions": Size("max_position_embeddings")},
+    modules={
+        "embed_tokens": embedding("vocabulary", "residual"),
+        "layers.*.input_layernorm": norm("residual"),
+        "layers.*.self_attn.q_proj": linear("residual", "query"),
+        "layers.*.self_attn.k_proj": linear("residual", "key"),
+        "layers.*.self_attn.v_proj": linear("residual", "value"),
+        "layers.*.self_attn.o_proj": linear("value", "residual"),
+        "layers.*.post_attention_layernorm": norm("residual"),
+        "layers.*.mlp.gate_proj": linear("residual", "ffn"),
+        "layers.*.mlp.up_proj": linear("residual", "ffn"),
+        "layers.*.mlp.down_proj": linear("ffn", "residual"),
+        "norm": norm("head"),
+        "lm_head": linear("head", "vocabulary"),
+        "score": linear("head", None),
+        "qa_outputs": linear("head", None),
+    },
+)
+QWEN3 = replace(
+    LLAMA,
+    attention=replace(LLAMA.attention, normed=True),
+    modules={
+        **LLAMA.modules,
+        "layers.*.self_attn.q_norm.weight": tensor("query_gain"),
+        "layers.*.self_attn.k_norm.weight": tensor("key_gain"),
+    },
+)

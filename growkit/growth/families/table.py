@@ -1,0 +1,206 @@
+"""The form of a family's table: spaces, their sizes as config fields, and which axis of which weight lives where.
+
+A *side* names a space and what a weight does with it, as "residual_write": *write* (it produces the space), *read* (it
+consumes it), *gain* and *shift* (of norms). Spaces:
+  residual            the stream through all layers
+  query, key, value   attention heads; "value_read" has the size of the queries, as their output is read
+  head                what the output layer reads: the last norm's output, or a hidden space of its own
+  any other           hidden units (ffn, pooled, ...) or rows of a table (vocabulary, positions)
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+
+class Size(NamedTuple):
+    """A config field; `usual` computes the size from the config where the field is None."""
+
+    field: str
+    usual: Callable[[Any], int] | None = None
+
+    def of(self, config: Any) -> int:
+        value = getattr(config, self.field, None)
+        if value is None and self.usual:
+            value = self.usual(config)
+        if value is None:
+            raise ValueError(f"{self.field}: the config does not say")
+        return value
+
+
+@dataclass(frozen=True)
+class Residual:
+    """The residual stream and its norms.
+
+    norm: "layer" subtracts the mean and divides by the standard deviation, "rms" divides by the root mean square.
+    post_norm: of a post-norm family, the module that ends a layer; empty where norms stand before what they feed.
+    gain_offset: what the model adds to a stored gain.
+    """
+
+    size: Size
+    norm: Literal["layer", "rms"]
+    eps: str
+    post_norm: str = ""
+    gain_offset: float = 0.0
+
+
+@dataclass(frozen=True)
+class Attention:
+    """heads, kv_heads, head_dim: config fields. Without kv_heads every head has its own key and value; without head_dim
+    it is the residual size divided by heads.
+
+    rotary: the part of head_dim that is rotated by position, paired half by half, as a number or from the config.
+    normed: queries and keys pass a norm over head_dim. scaled, layer_scaled: config flags that divide scores by
+    sqrt(head_dim), by the layer's number.
+    """
+
+    heads: Size
+    kv_heads: Size | None = None
+    head_dim: Size | None = None
+    rotary: float | Callable[[Any], float] = 0.0
+    normed: bool = False
+    scaled: str = ""
+    layer_scaled: str = ""
+
+
+@dataclass(frozen=True)
+class Family:
+    """What growth has to know of a model family.
+
+    hidden: space -> size, of hidden units; "head" among them has a norm between its units and what reads them.
+    tables: space -> size, of rows that are looked up: new ones do not change what the old ones give.
+    modules: module (with "*" for the layer) -> parameter -> one entry per dimension; see `linear`, `norm` and the other
+        functions here. Modules that a model does not have are skipped; a parameter that is not here is refused.
+    """
+
+    layers: Size
+    residual: Residual
+    attention: Attention
+    hidden: Mapping[str, Size]
+    tables: Mapping[str, Size]
+    modules: Mapping[str, Mapping[str, tuple]] = field(repr=False)
+
+    def fields(self) -> dict[str, Size]:
+        """Our name of every size that is a config field of its own."""
+        attention = {name: getattr(self.attention, name) for name in ("heads", "kv_heads", "head_dim")}
+        named = {"layers": self.layers, "residual": self.residual.size, **attention, **self.hidden, **self.tables}
+        return {name: size for name, size in named.items() if size}
+
+    def sizes(self, config: Any) -> dict[str, int]:
+        """All sizes of a config by our names; ValueError where heads do not divide what they share."""
+        sizes = {name: size.of(config) for name, size in self.fields().items()}
+        sizes.setdefault("kv_heads", sizes["heads"])
+        if "head_dim" not in sizes:
+            if sizes["residual"] % sizes["heads"]:
+                raise ValueError(
+                    f"{self.attention.heads.field}: got {sizes['heads']}, expected a divisor of "
+                    f"{self.residual.size.field} = {sizes['residual']}"
+                )
+            sizes["head_dim"] = sizes["residual"] // sizes["heads"]
+        if sizes["heads"] % sizes["kv_heads"]:
+            raise ValueError(
+                f"{self.attention.kv_heads.field}: got {sizes['kv_heads']}, expected a divisor of "
+                f"{self.attention.heads.field} = {sizes['heads']}"
+            )
+        return sizes
+
+    def parameters(self) -> dict[str, tuple]:
+        """Parameter pattern -> entries."""
+        return {
+            f"{module}.{leaf}".rstrip("."): axes
+            for module, leaves in self.modules.items()
+            for leaf, axes in leaves.items()
+        }
+
+
+def size_of(side: str, sizes: Mapping[str, int]) -> int:
+    """Length of an axis that lives in this side."""
+    space, _, role = side.partition("_")
+    if space in ("query", "key", "value"):
+        heads = "heads" if space == "query" or side == "value_read" else "kv_heads"
+        return sizes["head_dim"] * (1 if role == "gain" else sizes[heads])
+    return sizes["residual" if space == "head" and "head" not in sizes else space]
+
+
+class Joined(NamedTuple):
+    """An axis that holds several sides: one "block" after the other, or anew for each key and value "head"."""
+
+    sides: tuple[str, ...]
+    unit: Literal["block", "head"] = "block"
+
+    def sections(self, sizes: Mapping[str, int]) -> tuple[int, list[int]]:
+        """How often the sides take turns along the axis, and the length of each in a turn."""
+        turns = 1 if self.unit == "block" else sizes["kv_heads"]
+        return turns, [size_of(side, sizes) // turns for side in self.sides]
+
+
+class Either(NamedTuple):
+    """The first of these sides whose space the model writes."""
+
+    sides: tuple[str, ...]
+
+
+def _side(space, role):
+    if isinstance(space, tuple) and role == "write":
+        return Joined(tuple(f"{s}_write" for s in space))
+    if isinstance(space, tuple):
+        return Either(tuple(f"{s}_{role}" for s in space))
+    return space and f"{space}_{role}"
+
+
+def linear(read, write):
+    """nn.Linear from one space to another; None is a space that does not grow.
+
+    read: a tuple is the first of these spaces that the model writes. write: a tuple is joined block by block.
+    """
+    return {"weight": (_side(write, "write"), _side(read, "read")), "bias": (_side(write, "write"),)}
+
+
+def conv1d(read, write):
+    """`linear`, stored (in, out)."""
+    return {"weight": (_side(read, "read"), _side(write, "write")), "bias": (_side(write, "write"),)}
+
+
+def embedding(table, write):
+    return {"weight": (_side(table, "write"), _side(write, "write"))}
+
+
+def norm(space):
+    return {"weight": (_side(space, "gain"),), "bias": (_side(space, "shift"),)}
+
+
+def tensor(*sides):
+    """A parameter that is no module's: one side or None per dimension."""
+    return {"": sides}
+
+
+def match(family: Family, names, prefix: str):
+    """Rows of the table that these parameters are: pattern -> (entries, names by layer), and the names of no row.
+
+    prefix: of the backbone inside the model, as a base model has none.
+    """
+    table, rows, unknown = family.parameters(), {}, []
+    for name in names:
+        local = name.removeprefix(prefix + ".") if prefix else name
+        number = re.search(r"(?<=\.)\d+(?=\.)", local)
+        pattern = local if local in table or not number else local[: number.start()] + "*" + local[number.end() :]
+        if pattern in table:
+            layers = rows.setdefault(pattern, (table[pattern], {}))[1]
+            layers[int(number[0]) if "*" in pattern else 0] = name
+        else:
+            unknown.append(name)
+    written = {
+        side.partition("_")[0]
+        for entries, _ in rows.values()
+        for entry in entries
+        for side in (entry.sides if isinstance(entry, Joined) else [entry])
+        if isinstance(side, str) and side.endswith("_write")
+    }
+
+    def chosen(entry):
+        if isinstance(entry, Either):
+            return next((s for s in entry.sides if s.partition("_")[0] in written), entry.sides[-1])
+        return entry
+
+    return {pattern: (tuple(map(chosen, entries)), names) for pattern, (entries, names) in rows.items()}, unknown
