@@ -1,0 +1,66 @@
+"""Tiny models of every family for the tests of growth: any size, every parameter random."""
+
+import functools
+
+import torch
+import transformers
+
+VOCABULARY, POSITIONS = 61, 24
+
+_TOKENS = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0, "vocab_size": VOCABULARY}
+
+
+def gpt2(hidden, heads, layers, ffn=None, kv=None, **options):
+    return transformers.GPT2Config(
+        n_embd=hidden, n_head=heads, n_layer=layers, n_inner=ffn, n_positions=POSITIONS, **_TOKENS | options
+    )
+
+
+def _encoder(config, hidden, heads, layers, ffn, kv=None, **options):
+    return config(
+        hidden_size=hidden, num_attention_heads=heads, num_hidden_layers=layers, intermediate_size=ffn,
+        vocab_size=VOCABULARY, max_position_embeddings=POSITIONS, **options,
+    )  # fmt: skip
+
+
+def _vision(config, hidden, heads, layers, ffn, kv=None, **options):
+    return config(
+        hidden_size=hidden, num_attention_heads=heads, num_hidden_layers=layers, intermediate_size=ffn, image_size=8,
+        patch_size=4, num_labels=5, **options,
+    )  # fmt: skip
+
+
+def _llama(config, hidden, heads, layers, ffn, kv=None, **options):
+    return config(
+        hidden_size=hidden, num_attention_heads=heads, num_hidden_layers=layers, intermediate_size=ffn,
+        num_key_value_heads=kv or heads, max_position_embeddings=POSITIONS, **{"head_dim": 8} | _TOKENS | options,
+    )  # fmt: skip
+
+
+CONFIGS = {
+    "gpt2": gpt2,
+    "bert": functools.partial(_encoder, transformers.BertConfig),
+    "roberta": functools.partial(_encoder, transformers.RobertaConfig),
+    "vit": functools.partial(_vision, transformers.ViTConfig),
+    "deit": functools.partial(_vision, transformers.DeiTConfig),
+    "llama": functools.partial(_llama, transformers.LlamaConfig),
+    "mistral": functools.partial(_llama, transformers.MistralConfig),
+    "qwen2": functools.partial(_llama, transformers.Qwen2Config),
+    "qwen3": functools.partial(_llama, transformers.Qwen3Config),
+}
+FIRST = {
+    "gpt2": "GPT2LMHeadModel", "bert": "BertForMaskedLM", "roberta": "RobertaForMaskedLM",
+    "vit": "ViTForImageClassification", "deit": "DeiTForImageClassification", "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM",
+}  # fmt: skip
+
+
+def model(name, config, dtype=torch.float64):
+    """A model of this class in eval mode whose every parameter is random, biases and norms included."""
+    torch.manual_seed(0)
+    made = getattr(transformers, name)(config).to(dtype).eval()
+    with torch.no_grad():
+        for leaf, p in made.named_parameters():
+            norm = leaf.endswith("weight") and p.ndim == 1
+            p.copy_(torch.randn_like(p) * (0.3 if p.ndim == 1 else p.shape[-1] ** -0.5) + norm)
+    return made
