@@ -4,6 +4,8 @@ import contextlib
 
 import torch
 
+from growkit.optim import distributed
+
 
 def is_due(group):
     """Whether a refresh follows the next step: after 1, 1+k, 1+2k, ... ("paper") or k, 2k, ... ("official")."""
@@ -21,11 +23,14 @@ class Attachment:
             raise ValueError(f"attach: every={every!r}, expected an integer >= 1")
         if phase not in ("paper", "official"):
             raise ValueError(f"attach: phase={phase!r}, expected 'paper' or 'official'")
+        distributed.check(model)
         for group in optimizer.param_groups:
             group.update(every=every, phase=phase)
         self.optimizer, self.model, self.options = optimizer, model, options
         self.inputs = self.autocast = None
-        self._hook = model.register_forward_pre_hook(self._remember, with_kwargs=True)
+        # Inside DDP, where a refresh calls the model, too.
+        inner, _ = distributed.without_ddp(model)
+        self._hook = inner.register_forward_pre_hook(self._remember, with_kwargs=True)
 
     def __getstate__(self):
         """A copy or a file of the model carries the hook, but neither the optimizer nor a batch: it does nothing."""
@@ -63,21 +68,22 @@ def run(optimizer, model, calls, **options):
 
     Training gradients, buffers that a forward changes (BatchNorm) and the random state are as before afterwards.
     """
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        if torch.distributed.get_world_size() > 1:
-            raise RuntimeError("curvature refresh: not supported over more than one process in this version")
+    processes = distributed.Processes(optimizer, optimizer._owner(), model)
+    if not optimizer._compared:
+        processes.check_replicas()
+        optimizer._compared = True
     optimizer._refreshing = True
     try:
-        with _undisturbed(model, optimizer), torch.enable_grad():
-            count = optimizer._estimate(model, calls, optimizer._refresh_key(), **options)
-            optimizer._fold(count)
+        with _undisturbed(model, processes.params), processes.ready(), torch.enable_grad():
+            count = optimizer._estimate(processes, calls, optimizer._refresh_key(), **options)
+            optimizer._fold(count, processes=processes)
     finally:
         optimizer._refreshing = False
 
 
 @contextlib.contextmanager
-def _undisturbed(model, optimizer):
-    params = list(dict.fromkeys([*model.parameters(), *(p for g in optimizer.param_groups for p in g["params"])]))
+def _undisturbed(model, params):
+    params = list(dict.fromkeys([*model.parameters(), *params]))
     grads = [p.grad for p in params]
     # Kept and restored without asking whether they changed: BatchNorm does not count its writes in `_version`.
     buffers = [(m, k, b, b.clone()) for m in model.modules() for k, b in m._buffers.items() if b is not None]
@@ -106,6 +112,7 @@ def after_step(optimizer):
         due = attachment is not None and is_due(group)
         for each in optimizer.param_groups:
             each["steps"] = each["steps"] + 1
+        optimizer._tell_owner()
         if due:
             attachment.refresh()
         if attachment is not None:

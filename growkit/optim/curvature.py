@@ -9,27 +9,34 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from growkit import ops
+from growkit.optim import distributed
 
 
-def gnb(model, calls, key, *, logits=None, mask=None, loss=None):
+def gnb(processes, calls, key, *, logits=None, mask=None, loss=None):
     """Gauss-Newton-Bartlett: leave in `.grad` the gradient of the *summed* NLL of labels sampled from the model.
 
     With ghat = grad / N, the gradient of the mean NLL of N labels, E[N*ghat^2] is the diagonal of the Gauss-Newton
-    matrix of the mean loss (Sophia, arXiv:2305.14342, Algorithm 2). Returns N, a 0-d tensor.
+    matrix of the mean loss (Sophia, arXiv:2305.14342, Algorithm 2). Returns this process's part of N, a 0-d tensor.
     """
+    model, weight = processes.module, processes.weight
     count, row = 0, 0
-    for args, kwargs in calls:
+    for i, (args, kwargs) in enumerate(calls):
+        with processes.guarded():
+            if loss is None:
+                # The true labels only say which positions count: without them the model computes no loss of its own.
+                output = model(*args, **{k: v for k, v in kwargs.items() if k not in ("labels", "num_items_in_batch")})
+                z, counts = _scored(model, _logits(output) if logits is None else logits(output), args, kwargs, mask)
+                z = z.flatten(0, -2)
+            else:
+                nll, n = loss(model(*args, **kwargs))
+        before, whole = processes.rows(0 if loss else len(z), len(calls) - i)
         if loss is None:
-            # The true labels only say which positions count: without them the model computes no loss of its own.
-            output = model(*args, **{k: v for k, v in kwargs.items() if k not in ("labels", "num_items_in_batch")})
-            z, counts = _scored(model, _logits(output) if logits is None else logits(output), args, kwargs, mask)
-            nll, labels, _ = ops.sampled_nll(z.flatten(0, -2), counts, row=row, **key)
+            nll, labels, _ = ops.sampled_nll(z, counts, row=row + before, **key)
             n = (labels != -100).sum()
-            row += len(labels)
-        else:
-            nll, n = loss(model(*args, **kwargs))
-        (nll * n).backward()
+            row += whole
+        (nll * n * weight).backward()
         count = count + torch.as_tensor(n)
+    processes.sum_()
     return count
 
 
@@ -67,32 +74,38 @@ def _scored(model, z, args, kwargs, mask):
     return z, None if counts is None else counts.flatten()
 
 
-def hutchinson(model, calls, key, params, *, loss=None):
+def hutchinson(processes, calls, key, *, loss=None):
     """Hutchinson: leave Hu in `.grad`, H the Hessian of the mean loss over `calls`, u the Rademacher probe of `key`.
 
     E[u*(Hu)] is the diagonal of H (Sophia, arXiv:2305.14342, Algorithm 1). Reverse over reverse, so every operator of
     the model must be twice differentiable: attention runs in its plain mathematical form, compiled modules eagerly.
+    The losses of several processes are averaged, as DDP averages their gradients; u is the same on all of them.
     """
-    indices, params = zip(*((i, p) for i, p in enumerate(params) if p.requires_grad), strict=True)
-    u = [torch.empty_like(p) for p in params]
-    buckets = defaultdict(lambda: ([], []))
-    for i, t in zip(indices, u, strict=True):
-        for own, each in zip(
-            buckets[t.device, t.dtype], (i, torch.view_as_real(t) if t.is_complex() else t), strict=True
-        ):
-            own.append(each)
-    for parameter, tensors in buckets.values():
-        ops.rademacher_(tensors, parameter=parameter, **key)
-    for args, kwargs in calls:
-        with sdpa_kernel(SDPBackend.MATH), torch.compiler.set_stance("force_eager"):
-            output = model(*args, **kwargs)
-            value = _loss(output) if loss is None else loss(output)
-            first = torch.autograd.grad(value / len(calls), params, create_graph=True, allow_unused=True)
-        # A silent zero would hide missing curvature, so a parameter outside the loss is an error.
-        if missing := [i for i, g in zip(indices, first, strict=True) if g is None or not g.requires_grad]:
-            raise ValueError(f"Hutchinson refresh: the loss has no second derivative in parameters {missing}")
-        for p, hu in zip(params, torch.autograd.grad(first, params, u), strict=True):
-            p.grad = hu if p.grad is None else p.grad + hu
+    with processes.unsharded() as whole:
+        indices = [i for i, p in enumerate(processes.params) if p.requires_grad]
+        params = [whole[i] for i in indices]
+        u = [torch.empty_like(p) for p in params]
+        buckets = defaultdict(lambda: ([], []))
+        for i, t in zip(indices, u, strict=True):
+            numbers, tensors = buckets[t.device, t.dtype]
+            numbers.append(i)
+            tensors.append(torch.view_as_real(t) if t.is_complex() else t)
+        for parameter, tensors in buckets.values():
+            ops.rademacher_(tensors, parameter=parameter, **key)
+        total = None
+        for i, (args, kwargs) in enumerate(calls):
+            with processes.guarded(), sdpa_kernel(SDPBackend.MATH), torch.compiler.set_stance("force_eager"):
+                output = processes.module(*args, **kwargs)
+                value = (_loss(output) if loss is None else loss(output)) / (len(calls) * processes.size)
+                first = torch.autograd.grad(value, params, create_graph=True, allow_unused=True)
+                # A silent zero would hide missing curvature, so a parameter outside the loss is an error.
+                if missing := [i for i, g in zip(indices, first, strict=True) if g is None or not g.requires_grad]:
+                    raise ValueError(f"Hutchinson refresh: the loss has no second derivative in parameters {missing}")
+            processes.rows(0, len(calls) - i)
+            second = torch.autograd.grad(first, params, u)
+            total = second if total is None else [a + b for a, b in zip(total, second, strict=True)]
+        for i, hu in zip(indices, processes.sums(total), strict=True):
+            processes.params[i].grad = distributed.shard_of(hu, processes.params[i])
 
 
 def _loss(output):

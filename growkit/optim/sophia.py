@@ -6,12 +6,13 @@ and on what, is `attach`; how, `curvature`.
 
 import math
 import warnings
+from collections import defaultdict
 
 import torch
 from torch.optim import Optimizer
 
 from growkit import kernels, ops
-from growkit.optim import curvature
+from growkit.optim import curvature, distributed
 from growkit.optim.attach import Attachment, after_step, as_call, is_due, run
 from growkit.optim.buckets import Buckets, as_real
 from growkit.optim.state import check_file, complete_groups, convert, of_file, share_steps
@@ -48,7 +49,25 @@ class _Sophia(Optimizer):
         self._skipped_steps = {}  # device -> count, a tensor; a dict, for torch 2.10 traces no assignment to attributes
         self._buckets = Buckets(type(self).__name__, self._curvature_codes)
         self._telemetry = Telemetry()
+        self._compared = False  # whether several processes were found to hold the same parameters
         self._warned = set()
+
+    def _owner(self):
+        """The ZeroRedundancyOptimizer of which this one is a part, or None; its parameters are numbered as a whole."""
+        if "_known_owner" not in self.__dict__:
+            self._known_owner = owner = distributed.find_owner(self)
+            if owner is not None:
+                params = (p for group in owner.param_groups for p in group["params"])
+                self._buckets.numbers = {p: i for i, p in enumerate(params)}
+                # It makes the parameters of all processes new after this optimizer's step: then comes the refresh.
+                owner.register_step_post_hook(lambda *_: after_step(self))
+        return self._known_owner
+
+    def _tell_owner(self):
+        """Its groups overwrite those of its parts in every step."""
+        for own, group in zip(self.param_groups, self._owner().param_groups if self._owner() else (), strict=False):
+            keys = ("every", "phase", "steps", "refreshes", "rho", "unclipped")
+            group.update({key: own[key] for key in keys})
 
     def add_param_group(self, param_group):
         if self.param_groups:  # one schedule for all groups
@@ -135,7 +154,7 @@ class _Sophia(Optimizer):
             raise ValueError(f"Invalid bs: {bs}, expected a finite number of labels > 0")
 
     def _warn_once(self, key, message):
-        if key not in self._warned:
+        if key not in self._warned and distributed.speaks():
             self._warned.add(key)
             warnings.warn(message, stacklevel=3)
 
@@ -200,8 +219,10 @@ class _Sophia(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._check_capture()
+        owner = self._owner()
         self._update(bs)
-        after_step(self)
+        if owner is None:
+            after_step(self)
         return loss
 
     def _observe(self):
@@ -227,6 +248,8 @@ class _Sophia(Optimizer):
         counting = torch.compiler.is_compiling() or _capturing() or by_hand or is_due(first)
         if counting:
             self._unclipped.clear()
+            if not any(buckets for _, buckets in prepared):  # all the same told at a refresh of several processes
+                self._unclipped[torch.device("cpu")] = torch.zeros((), dtype=torch.int64), 0
         for group, buckets in prepared:
             lr, rho_bs = group["lr"], group["rho"] * (group["bs"] if bs is None else bs)
             if torch.compiler.is_compiling() and any(isinstance(each, torch.Tensor) for each in (lr, rho_bs)):
@@ -260,11 +283,11 @@ class _Sophia(Optimizer):
                 }
                 if "exp_avg_scale" in bucket:
                     lists += [bucket["exp_avg_scale"], bucket["hessian_scale"]]
-                    options |= {"seed": group["seed"], "parameter": bucket["parameter"], "stochastic": stochastic}
+                    options |= {"seed": group["seed"], **bucket["key"], "stochastic": stochastic}
                     ops.sophia_step_8bit_(*lists, bucket.get("master"), count, **options)
                 else:
                     if stochastic:
-                        options |= {"seed": group["seed"], "parameter": bucket["parameter"]}
+                        options |= {"seed": group["seed"], **bucket["key"]}
                     ops.sophia_step_(*lists, bucket.get("master"), count, **options)
 
     def _scale_and_skip(self, prepared):
@@ -272,10 +295,10 @@ class _Sophia(Optimizer):
         grad_scale, skip = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         scale = None if grad_scale is None else 1 / grad_scale
         limit = self.param_groups[0]["clip_grad_norm"]
-        gradients = [bucket["g"] for _, buckets in prepared for bucket in buckets]
-        if limit is not None and gradients:
-            home = gradients[0][0].device
-            norm = sum(ops.squared_norm(g).to(home) for g in gradients).sqrt()
+        squares = [] if limit is None else self._squared_norms(prepared)
+        if squares:
+            home = squares[0].device
+            norm = sum(square.to(home) for square in squares).sqrt()
             norm = norm if scale is None else norm * scale.to(home)
             coefficient = (limit / (norm + 1e-6)).clamp(max=1)  # as torch.nn.utils.clip_grad_norm_ forms it
             scale = coefficient if scale is None else scale.to(home) * coefficient
@@ -283,6 +306,17 @@ class _Sophia(Optimizer):
         if skip is not None:
             self._skipped_steps[skip.device] = self._skipped_steps.get(skip.device, 0) + (skip != 0)
         return scale, skip
+
+    def _squared_norms(self, prepared):
+        """Of all gradients, those of other processes' shards and of the other parts of a ZeRO optimizer included."""
+        if self._owner() is None:
+            buckets = [bucket for _, buckets in prepared for bucket in buckets]
+            return [distributed.sum_over_shards(ops.squared_norm(b["g"]), b["whole"]) for b in buckets]
+        alike = defaultdict(list)
+        for group in self._owner().param_groups:
+            for g in [p.grad for p in group["params"] if p.grad is not None]:
+                alike[g.device, g.dtype].append(as_real(g))
+        return [ops.squared_norm(gradients) for gradients in alike.values()]
 
     # --- curvature ---
 
@@ -298,6 +332,7 @@ class _Sophia(Optimizer):
             raise RuntimeError("attach: this optimizer is attached already, call detach() first")
         self._check_options(options)
         self._attachment = Attachment(self, model, every, phase, options)
+        self._tell_owner()
 
     def detach(self):
         """Undo `attach`: step() refreshes no more."""
@@ -306,6 +341,7 @@ class _Sophia(Optimizer):
             self._attachment = None
             for group in self.param_groups:
                 group["every"] = 0
+            self._tell_owner()
 
     def refresh(self, model, batches, **options):
         """Refresh the curvature now, on all of `batches` (an iterable of model inputs), as one estimate.
@@ -334,16 +370,27 @@ class _Sophia(Optimizer):
                 raise TypeError(f"{name} is {type(value).__name__}, expected a callable")
 
     @torch.no_grad()
-    def _fold(self, count=None, probes=None):
+    def _fold(self, count=None, probes=None, processes=None):
         """Fold what `.grad` holds into h, unless it is not finite.
 
-        count: labels behind the gradient, a 0-d tensor. probes: {parameter: u}, if they are not those of the key.
+        count: labels behind the gradient on this process, a 0-d tensor. probes: {parameter: u}, if they are not those
+        of the key. processes: those of a refresh, by default those that hold shards of the same parameters.
         """
+        processes = processes or distributed.Processes(self, self._owner())
         prepared = self._buckets.prepare(self.param_groups, self.state)
-        if not any(buckets for _, buckets in prepared):
+        found = [bucket for _, buckets in prepared for bucket in buckets]
+        if not found and processes.size == 1:
             return
-        norms = [ops.squared_norm(bucket["g"]) for _, buckets in prepared for bucket in buckets]
-        norm = sum(each.to(norms[0].device) for each in norms).sqrt()
+        zero = torch.zeros((), dtype=torch.float64, device=found[0]["p"][0].device if found else "cpu")
+        square = sum((ops.squared_norm(b["g"]).to(zero.device) * processes.share(b["whole"]) for b in found), zero)
+        if processes.size > 1:
+            unclipped = sum((each.to(zero.device) for each, _ in self._unclipped.values()), zero)
+            counted = zero + sum(each for _, each in self._unclipped.values())
+            square, n, *told = processes.agree(square, zero if count is None else count, unclipped, counted)
+            count = None if count is None else n
+            if self._unclipped:
+                self._unclipped = {zero.device: tuple(told)}
+        norm = square.sqrt()
         skip = ~norm.isfinite()
         if count is not None:
             skip = skip | (count == 0)
@@ -351,12 +398,15 @@ class _Sophia(Optimizer):
         params = [p for group in self.param_groups for p in group["params"]]
         for group, buckets in prepared:
             for bucket in buckets:
-                u = None if probes is None else [as_real(probes[params[i]]) for i in bucket["parameter"]]
+                u = None
+                if probes is not None:
+                    u = [as_real(distributed.local(probes[params[i]])) for i in bucket["number"]]
                 self._fold_bucket(group, bucket, count, skip, u)
         self._since_refresh = 0
         self._tell(prepared, norm if count is None else norm / count)
         for group in self.param_groups:
             group["refreshes"] = group["refreshes"] + 1
+        self._tell_owner()
 
     def _refresh_key(self):
         """What the random bits of the next refresh are keyed by: of the first group, for all of them."""
@@ -366,7 +416,9 @@ class _Sophia(Optimizer):
         """Warn, and set a rho that is "auto", by what earlier refreshes sent; send what this one has to say."""
         elements = sum(counted for _, counted in self._unclipped.values())
         fraction = None
-        if elements and self.param_groups[0]["refreshes"] > 0:  # before the first h is 0: that says nothing about rho
+        if (
+            self._unclipped and self.param_groups[0]["refreshes"] > 0
+        ):  # before the first h is 0: that says nothing about rho
             home = next(iter(self._unclipped))
             fraction = sum(count.to(home) for count, _ in self._unclipped.values()).double() / elements
         self._telemetry.warn(self)
@@ -384,8 +436,8 @@ class _Sophia(Optimizer):
         2-norm of the gradient of the sampled labels (SophiaG) or of Hu (SophiaH). h_q10, h_q50, h_q90: quantiles of
         `h`. update_grad_cosine: of the update, apart from decay, and the gradient of that step; 1 is plain descent.
         refreshes, skipped: how many, and how many of them were not finite. Quantiles and cosine are of some 65,536
-        elements spread evenly over all parameters. What is not finite or not known is left out; empty before the first
-        refresh.
+        elements spread evenly over all parameters; where these are sharded, over this process's part of them. What is
+        not finite or not known is left out; empty before the first refresh.
         """
         told = self._telemetry.receive()
         told = {"rho": float(self.param_groups[0]["rho"]), **told} if told else {}
@@ -498,16 +550,10 @@ class SophiaG(_Sophia):
         options = {"beta2": group["betas"][1], **self._refresh_key()}
         if "hessian_scale" in bucket:
             h = bucket["hessian"], bucket["hessian_scale"]
-            ops.gnb_ema_8bit_(*h, bucket["g"], scale, skip, **options, parameter=bucket["parameter"])
+            ops.gnb_ema_8bit_(*h, bucket["g"], scale, skip, **options, **bucket["key"])
             return
-        ops.gnb_ema_(
-            bucket["hessian"],
-            bucket["g"],
-            scale,
-            skip,
-            **options,
-            parameter=bucket["parameter"] if bucket["hessian"][0].dtype == torch.bfloat16 else (),
-        )
+        rounds = bucket["hessian"][0].dtype == torch.bfloat16
+        ops.gnb_ema_(bucket["hessian"], bucket["g"], scale, skip, **options, **(bucket["key"] if rounds else {}))
 
 
 class SophiaH(_Sophia):
@@ -526,6 +572,7 @@ class SophiaH(_Sophia):
     _denominator = "max"
     _curvature_codes = torch.int8
     _options = ("loss",)
+    _estimate = staticmethod(curvature.hutchinson)
 
     def __init__(
         self,
@@ -564,13 +611,9 @@ class SophiaH(_Sophia):
             u = dict(zip(params, u, strict=True))
         self._fold(probes=u)
 
-    def _estimate(self, model, calls, key, **options):
-        params = [p for g in self.param_groups for p in g["params"]]
-        curvature.hutchinson(model, calls, key, params, **options)
-
     def _fold_bucket(self, group, bucket, count, skip, u):
         sign = torch.tensor(-1.0) if group["maximize"] else None
-        options = {"beta2": group["betas"][1], **self._refresh_key(), "parameter": bucket["parameter"]}
+        options = {"beta2": group["betas"][1], **self._refresh_key(), **bucket["key"]}
         if "hessian_scale" in bucket:
             h = bucket["hessian"], bucket["hessian_scale"]
             ops.hutchinson_ema_8bit_(*h, bucket["g"], u, sign, skip, **options)

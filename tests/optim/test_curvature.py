@@ -256,7 +256,7 @@ def test_gnb_does_not_shift_a_sequence_classifier():
     labels = torch.tensor([0, 1])
     counted = []
     fold = optimizer._fold
-    optimizer._fold = lambda count: (counted.append(int(count)), fold(count))
+    optimizer._fold = lambda count, **options: (counted.append(int(count)), fold(count, **options))
     optimizer.refresh(model, [{"input_ids": TOKENS, "labels": labels}])
     assert counted == [2]
 

@@ -1,0 +1,363 @@
+"""Does a loop train the same model? Every loop on one task in float64, against the plain loop on one process.
+
+    python -m growkit.bench.loops                                  print the table
+    python -m growkit.bench.loops --write docs/integrations.md     and write the page that holds it
+
+A loop is a function of the rank, the number of processes and the optimizer's class, which trains `Model` on the task
+below and returns `result(...)`. Adding one is adding a function under `@loop`: the table, the page and
+tests/optim/test_loops.py find it there.
+"""
+
+import argparse
+import contextlib
+import datetime
+import functools
+import importlib.util
+import inspect
+import os
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.functional import cross_entropy, scaled_dot_product_attention
+
+from growkit.optim import SophiaG, SophiaH
+
+# The task: STEPS optimizer steps on MICRO micro-batches each of ROWS sequences, refreshes after steps 1, 1+EVERY, ...
+STEPS, EVERY, MICRO, ROWS, LENGTH, VOCABULARY = 5, 2, 2, 6, 4, 11
+SHARES = {1: [6], 2: [4, 2], 3: [3, 1, 2]}  # sequences of each process, unequal on purpose
+SETTINGS = {SophiaG: {"lr": 0.02, "rho": 5.0, "bs": 1}, SophiaH: {"lr": 0.02, "rho": 2.0}}
+TOLERANCE = 1e-10  # of parameters and h, in float64: only the order of sums may differ
+
+
+class Output(NamedTuple):
+    logits: torch.Tensor
+    loss: torch.Tensor | None
+
+
+class Block(nn.Module):
+    def __init__(self, width=6, heads=2, inner=7):
+        super().__init__()
+        self.heads = heads
+        self.norm = nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, inner), nn.Linear(inner, width)
+
+    def forward(self, x):
+        heads = self.qkv(self.norm(x)).unflatten(-1, (3, self.heads, -1)).movedim(-3, 0).transpose(2, 3)
+        x = x + self.out(scaled_dot_product_attention(*heads, is_causal=True).transpose(1, 2).flatten(-2))
+        return x + self.down(self.up(x).tanh())
+
+
+class Model(nn.Module):
+    """A language model with axes that no number of processes divides; 3 processes find an empty shard in `gain`."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(VOCABULARY, 6)
+        self.blocks = nn.Sequential(Block(), Block())
+        self.head = nn.Linear(6, VOCABULARY, bias=False)
+        self.gain = nn.Parameter(torch.ones(2))
+
+    def forward(self, tokens, labels=None, weight=1.0):
+        """labels: -100 where no label counts. The loss is weight times the sum over labels."""
+        logits = self.head(self.blocks(self.embedding(tokens))) * self.gain.sum()
+        if labels is None:
+            return Output(logits, None)
+        return Output(logits, weight * cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum"))
+
+
+def new_model():
+    torch.manual_seed(0)
+    return Model().double()
+
+
+def batches(step, rank, world):
+    """The micro-batches of a step, as keywords of the model: this process's rows of those of all.
+
+    Weights are such that the mean over processes of the summed loss is the mean over all labels of the step.
+    """
+    generator = torch.Generator().manual_seed(step)
+    tokens = torch.randint(VOCABULARY, (MICRO, ROWS, LENGTH), generator=generator)
+    labels = torch.randint(VOCABULARY, (MICRO, ROWS, LENGTH), generator=generator)
+    labels[torch.rand(labels.shape, generator=generator) < 0.3] = -100
+    weight = world / int((labels != -100).sum())
+    first = sum(SHARES[world][:rank])
+    rows = slice(first, first + SHARES[world][rank])
+    return [{"tokens": t[rows], "labels": y[rows], "weight": weight} for t, y in zip(tokens, labels, strict=True)]
+
+
+def whole(t):
+    """A tensor of which this process may hold a shard only."""
+    t = t.detach()
+    return t.full_tensor() if hasattr(t, "full_tensor") else t.clone()
+
+
+def result(model, optimizer):
+    """{name: value} of all parameters and all of h, whole on every process."""
+    named = [(name.replace("module.", "").replace("_orig_mod.", ""), p) for name, p in model.named_parameters()]
+    h = {f"h of {name}": whole(optimizer.state[p]["hessian"]) for name, p in named if p in optimizer.state}
+    return {name: whole(p) for name, p in named} | h
+
+
+class Loop(NamedTuple):
+    name: str
+    processes: tuple
+    classes: tuple
+    run: Callable  # (rank, world, class of the optimizer) -> result()
+    note: str
+
+
+LOOPS: list[Loop] = []
+
+
+def loop(name, processes=(2, 3), classes=(SophiaG, SophiaH), note=""):
+    """Register a loop. note: what to write beside it in docs/integrations.md."""
+
+    def add(run):
+        LOOPS.append(Loop(name, processes, classes, run, note))
+        return run
+
+    return add
+
+
+def train(model, step, micro=None, steps=range(STEPS), rank=0, world=1):
+    """The loop itself: a backward of each micro-batch, each within micro(is_last) if given, then step()."""
+    for t in steps:
+        for i, batch in enumerate(batches(t, rank, world)):
+            with micro(i == MICRO - 1) if micro else contextlib.nullcontext():
+                model(**batch).loss.backward()
+        step()
+        model.zero_grad()
+
+
+@functools.cache
+def plain(cls):
+    """The plain loop on one process, which the others are compared with."""
+    model = new_model()
+    optimizer = cls(model.parameters(), **SETTINGS[cls])
+    optimizer.attach(model, every=EVERY)
+    train(model, optimizer.step)
+    return result(model, optimizer)
+
+
+def _ddp(rank, world, cls, *, inner=False, sync=True):
+    model = new_model()
+    ddp = nn.parallel.DistributedDataParallel(model)
+    optimizer = cls(ddp.parameters(), **SETTINGS[cls])
+    optimizer.attach(model if inner else ddp, every=EVERY)
+    micro = None if sync else lambda last: contextlib.nullcontext() if last else ddp.no_sync()
+    train(ddp, optimizer.step, micro, rank=rank, world=world)
+    return result(ddp, optimizer)
+
+
+@loop("DDP", note="attach to the wrapper or to the model inside")
+def ddp(rank, world, cls):
+    return _ddp(rank, world, cls)
+
+
+@loop("DDP, attached to the inner model, accumulating under no_sync()")
+def ddp_inner(rank, world, cls):
+    return _ddp(rank, world, cls, inner=True, sync=False)
+
+
+def fsdp2_model(mesh=None, **options):
+    from torch.distributed.fsdp import fully_shard
+
+    model = new_model()
+    for module in (*model.blocks, model):
+        fully_shard(module, mesh=mesh, **options)
+    return model
+
+
+def _fsdp2(rank, world, cls, mesh=None, sync=True, **options):
+    model = fsdp2_model(mesh, **options)
+    optimizer = cls(model.parameters(), **SETTINGS[cls])
+    optimizer.attach(model, every=EVERY)
+
+    @contextlib.contextmanager
+    def micro(last):
+        model.set_requires_gradient_sync(sync or last)
+        yield
+
+    train(model, optimizer.step, micro, rank=rank, world=world)
+    return result(model, optimizer)
+
+
+@loop("FSDP2", note="state is sharded as the parameters are; nothing is gathered but numbers")
+def fsdp2(rank, world, cls):
+    return _fsdp2(rank, world, cls)
+
+
+@loop("FSDP2, accumulating without reduction")
+def fsdp2_accumulating(rank, world, cls):
+    return _fsdp2(rank, world, cls, sync=False)
+
+
+@loop("FSDP2 with CPUOffloadPolicy", note="parameters and state stay on the CPU, where the reference runs the step")
+def fsdp2_offloaded(rank, world, cls):
+    from torch.distributed.fsdp import CPUOffloadPolicy
+
+    return _fsdp2(rank, world, cls, offload_policy=CPUOffloadPolicy(pin_memory=False))
+
+
+@loop("FSDP2 on a mesh of two dimensions (HSDP)", (2,))
+def hsdp(rank, world, cls):
+    mesh = dist.init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard"))
+    return _fsdp2(rank, world, cls, mesh)
+
+
+@loop("ZeroRedundancyOptimizer", note="attach the part: zero.optim.attach(model)")
+def zero(rank, world, cls):
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    ddp = nn.parallel.DistributedDataParallel(new_model())
+    optimizer = ZeroRedundancyOptimizer(ddp.parameters(), cls, **SETTINGS[cls])
+    optimizer.optim.attach(ddp, every=EVERY)
+    train(ddp, optimizer.step, rank=rank, world=world)
+    h = {}
+    for part in _gathered(result(ddp, optimizer.optim), world):
+        h |= part
+    return h
+
+
+def _gathered(value, world):
+    values = [None] * world
+    dist.all_gather_object(values, value)
+    return values
+
+
+# --- running them ---
+
+
+def job(loop, cls):
+    """What `spawn` is to run for a loop."""
+    return inspect.getfile(loop.run), loop.run.__name__, cls
+
+
+def spawn(jobs, world, seconds=300):
+    """Run jobs one after another on `world` gloo processes of one thread each: {job: results in the order of ranks}.
+
+    jobs: tuples (file, function, *arguments): `function(rank, world, *arguments)` of the module in that file. An error
+    takes the place of a result. All jobs share one start of the processes, which costs more than they do.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save(jobs, f"{folder}/jobs")
+        command = [sys.executable, "-c", "from growkit.bench.loops import _work; _work()"]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "WORLD_SIZE": str(world), "GROWKIT_JOBS": folder}
+        started = [subprocess.Popen(command, env=environment | {"RANK": str(rank)}) for rank in range(world)]
+        try:
+            for process in started:
+                process.wait(seconds)
+        finally:
+            for process in started:
+                process.kill()
+        found = [torch.load(f"{folder}/{rank}", weights_only=False) for rank in range(world)]
+    return {job: [results[i] for results in found] for i, job in enumerate(jobs)}
+
+
+def _work():
+    folder, rank, world = os.environ["GROWKIT_JOBS"], int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    torch.set_num_threads(1)
+    timeout = datetime.timedelta(seconds=60)
+    dist.init_process_group("gloo", f"file://{folder}/store", timeout, world, rank)
+    results = []
+    for file, function, *arguments in torch.load(f"{folder}/jobs", weights_only=False):
+        try:
+            results.append(getattr(_module(file), function)(rank, world, *arguments))
+        except Exception as error:
+            results.append(error)
+            traceback.print_exc()
+    torch.save(results, f"{folder}/{rank}")
+    dist.destroy_process_group()
+
+
+@functools.cache
+def _module(file):
+    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def difference(found, expected):
+    """Largest difference of any tensor, relative to the largest element of it."""
+    if isinstance(found, Exception):
+        raise found
+    if found.keys() != expected.keys():
+        raise ValueError(f"found {sorted(found)}, expected {sorted(expected)}")
+    return max(float((found[k] - e).abs().max() / e.abs().max()) for k, e in expected.items())
+
+
+# --- the table ---
+
+
+def compare(loops, seconds=600):
+    """[(loop, processes, largest difference from the plain loop, or the error in words)], for each of `loops`."""
+    rows = []
+    for world in sorted({n for loop in loops for n in loop.processes}):
+        chosen = [each for each in loops if world in each.processes]
+        results = spawn([job(each, cls) for each in chosen for cls in each.classes], world, seconds)
+        for each in chosen:
+            found = [(cls, result) for cls in each.classes for result in results[job(each, cls)]]
+            rows.append((each, world, _worst(found)))
+    return rows
+
+
+def _worst(found):
+    try:
+        return max(difference(result, plain(cls)) for cls, result in found)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def table(rows):
+    """The table in Markdown."""
+    lines = ["| loop | processes | optimizers | largest difference from the plain loop | |", "|---|---|---|---|---|"]
+    for name in dict.fromkeys(each.name for each, _, _ in rows):
+        own = [row for row in rows if row[0].name == name]
+        worst = [found if isinstance(found, str) else f"{found:.0e}" for _, _, found in own]
+        counts = ", ".join(str(world) for _, world, _ in own)
+        classes = ", ".join(cls.__name__ for cls in own[0][0].classes)
+        lines.append(f"| {name} | {counts} | {classes} | {', '.join(worst)} | {own[0][0].note} |")
+    return "\n".join(lines)
+
+
+PAGE = """# Loops and frameworks
+
+What `optimizer.attach(model, every=k)` was tried in. Each loop trains the same small language model in float64 for
+{steps} steps, accumulating {micro} micro-batches, with unequal numbers of labels on the processes, and is compared
+with the plain loop on one process: parameters and `h`, as the largest difference of any tensor relative to its largest
+element. {tolerance:.0e} is what the tests allow; only the order in which sums are formed may differ.
+
+{table}
+
+Written by `python -m growkit.bench.loops --write docs/integrations.md`, with torch {torch} on CPU and gloo.
+"""
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help="loops whose name contains one of these; default all")
+    parser.add_argument("--write", metavar="FILE", help="write the page to this file, such as docs/integrations.md")
+    options = parser.parse_args(arguments)
+    chosen = [each for each in LOOPS if any(name in each.name for name in options.names or [""])]
+    rows = compare(chosen)
+    print(table(rows))
+    if options.write:
+        facts = {"steps": STEPS, "micro": MICRO, "tolerance": TOLERANCE, "torch": torch.__version__}
+        Path(options.write).write_text(PAGE.format(table=table(rows), **facts))
+    return any(isinstance(found, str) or found > TOLERANCE for _, _, found in rows)
+
+
+if __name__ == "__main__":
+    from growkit.bench import loops  # not this copy of it, to which nobody else adds loops
+
+    sys.exit(loops.main())

@@ -1,0 +1,22 @@
+"""Every loop of growkit.bench.loops trains the model that the plain loop on one process trains."""
+
+import functools
+
+import pytest
+
+from growkit.bench import loops
+
+CASES = [(each, cls, world) for each in loops.LOOPS for world in each.processes for cls in each.classes]
+NAMES = [f"{each.name}-{cls.__name__}-{world}" for each, cls, world in CASES]
+
+
+@functools.cache
+def results(world):
+    """All loops on so many processes, which are started once."""
+    return loops.spawn([loops.job(each, cls) for each, cls, n in CASES if n == world], world)
+
+
+@pytest.mark.parametrize("loop, cls, world", CASES, ids=NAMES)
+def test_a_loop_is_the_plain_loop(loop, cls, world):
+    for found in results(world)[loops.job(loop, cls)]:
+        assert loops.difference(found, loops.plain(cls)) < loops.TOLERANCE
