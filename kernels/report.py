@@ -5,7 +5,8 @@
 compiles each entry of VARIANTS in the modules of `growkit.kernels` (or in those named) and prints registers, local
 memory, double precision and, for the hot path, its memory accesses and instructions per element. Exits with 1 where
 something is not as it should be: an access of the hot path that is not 128 bits wide beyond those that the variant
-allows, local memory, a double precision instruction, more registers or instructions per element than it allows.
+allows, local memory, a double precision instruction, more registers or instructions per element than it allows. What
+needs the code to be executed, tests/ptx holds against the same entries of VARIANTS.
 
 VARIANTS is a list of dicts, the fields of `Variant`. The hot path is read off the machine code (SASS): of the innermost
 loops and straight pieces of code, the one that reads most bytes of global memory by 128-bit accesses, or by any where
@@ -34,6 +35,15 @@ from growkit import kernels
 ARCHITECTURES = (80, 90, 100)
 
 
+class Executed(NamedTuple):
+    """At most, of the PTX as tests/ptx executes it on full chunks."""
+
+    instructions: float | None = None  # per element
+    shared: float = 0  # bytes to and from shared memory, per element
+    barriers: float = 0  # per 1,024 elements
+    sectors: float = 1.03  # bytes of the 32-byte sectors that warps ask for, per byte of reads and writes
+
+
 class Variant(NamedTuple):
     name: str
     kernel: Any
@@ -46,6 +56,8 @@ class Variant(NamedTuple):
     narrow: tuple = (0, 0)  # loads and stores of the hot path that have no need of 128 bits, at most
     aligned: tuple = ()  # arguments that are multiples of 16, as Triton's specialisation would find at launch
     options: dict = {}  # as given at launch: num_warps, enable_fp_fusion
+    executed: tuple = ()  # fields of `Executed`
+    wide: tuple | None = None  # bytes per element that 128-bit accesses load and store, at least; None: all
 
 
 def variants(modules=()):

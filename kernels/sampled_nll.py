@@ -27,6 +27,9 @@ PARTS = 8
 LOG2E = tl.constexpr(1.4426950408889634)
 # What a maximum of -inf is taken for where it is subtracted: exp(-inf - LOWEST) is 0, -inf - -inf would be NaN.
 LOWEST = tl.constexpr(-3.4028234663852886e38)
+# No fusion: lanes that share a sum add its terms in different orders, and only where each product is rounded on its own
+# do they find the same bits, of which Triton lets any lane store its own.
+OPTIONS = {"num_warps": WARPS, "enable_fp_fusion": False}
 
 # --- device functions ---
 
@@ -261,6 +264,8 @@ def backward_kernel(
         end = tl.where(label < 0, 0, V)  # of what is read
         front = tl.arange(0, VEC)
         g = _gradient(tl.load(z + front, front < tl.minimum(head, end)), front, label, normalizer, factor)
+        # All warps load the head and one of them stores it, perhaps to where it was loaded from.
+        tl.debug_barrier()
         tl.store(d + front, tl.where(label < 0, 0.0, g).to(out.dtype.element_ty), front < head)
         rest = tl.arange(0, REST)
         for i in range(head + steps * TILE, V, REST):
@@ -306,7 +311,7 @@ def sampled_nll(logits, mask=None, *, seed, refresh, row=0):
     if rows:
         split, maxima, sums = parts(rows, V, logits.device), None, None
         layout = V, logits.stride(0), address % VEC
-        options = {"PARTS": split, "VEC": VEC, "num_warps": WARPS, "enable_fp_fusion": True}
+        options = {"PARTS": split, "VEC": VEC, **OPTIONS}
         with torch.cuda.device_of(logits):
             if split > 1:
                 maxima, sums = torch.empty(2, rows, split, STREAMS.value, dtype=torch.float32, device=logits.device)
@@ -357,8 +362,7 @@ def sampled_nll_backward(grad, logits, labels, lse, *, out=None):
             CHUNK=CHUNK,
             VEC=VEC,
             OUT_ALIGNED=shift % VEC == 0 and (out_stride - stride) % VEC == 0,
-            num_warps=WARPS,
-            enable_fp_fusion=True,
+            **OPTIONS,
         )
     return result if row_major is result else result.copy_(row_major)
 
@@ -366,11 +370,11 @@ def sampled_nll_backward(grad, logits, labels, lse, *, out=None):
 # --- for growkit.kernels.report ---
 
 
-def _variant(kernel, dtype, name="", *, hot=True, **constants):
+def _variant(kernel, dtype, executed, name="", *, hot=True, **constants):
     types = {
         **dict.fromkeys(("logits", "out"), f"*{dtype}"),
         **dict.fromkeys(("maxima", "sums", "lse", "nll", "weight"), "*fp32"),
-        **{"labels": "*i64", "mask": "*i1", "V": "i32", "stride": "i64", "out_stride": "i64", "phase": "i32"},
+        **{"labels": "*i64", "mask": "*u1", "V": "i32", "stride": "i64", "out_stride": "i64", "phase": "i32"},
         **{"row": "i64", "refresh": "u32", "k0": "u32", "k1": "u32"},
     }
     size = 4 if dtype == "fp32" else 2
@@ -384,15 +388,22 @@ def _variant(kernel, dtype, name="", *, hot=True, **constants):
         "reads": hot * size,
         "writes": hot * size if kernel is backward_kernel else 0,
         "instructions": 12,  # at 4.3 TB/s an H200 issues 13.7 per thread and 2-byte element read
-        "options": {"num_warps": WARPS, "enable_fp_fusion": True},
+        "options": OPTIONS,
+        "executed": executed,
     }
 
 
 WHOLE = {"PARTS": 1, "maxima": None, "sums": None}
 VARIANTS = [
-    *(_variant(sample_kernel, dtype, **WHOLE, mask=None) for dtype in ("bf16", "fp16", "fp32")),
-    _variant(sample_kernel, "bf16", "mask", **WHOLE),
-    _variant(sample_kernel, "bf16", "split", PARTS=PARTS, mask=None, hot=False),
-    *(_variant(partial_kernel, dtype, PARTS=PARTS) for dtype in ("bf16", "fp32")),
-    *(_variant(backward_kernel, dtype, CHUNK=CHUNK, OUT_ALIGNED=True) for dtype in ("bf16", "fp16", "fp32")),
+    _variant(sample_kernel, "bf16", (14, 1.1, 0.73, 1.08), **WHOLE, mask=None),
+    _variant(sample_kernel, "fp16", (14, 1.1, 0.73, 1.08), **WHOLE, mask=None),
+    _variant(sample_kernel, "fp32", (16, 1.5, 0.86, 1.08), **WHOLE, mask=None),
+    _variant(sample_kernel, "bf16", (14, 1.1, 0.73, 1.08), "mask", **WHOLE),
+    _variant(sample_kernel, "bf16", (), "split", PARTS=PARTS, mask=None, hot=False),
+    _variant(partial_kernel, "bf16", (14, 1, 0.5), PARTS=PARTS),
+    _variant(partial_kernel, "fp32", (19, 4.4, 1.2), PARTS=PARTS),
+    *(
+        _variant(backward_kernel, dtype, (14, 0, 0.03), CHUNK=CHUNK, OUT_ALIGNED=True)
+        for dtype in ("bf16", "fp16", "fp32")
+    ),
 ]

@@ -348,7 +348,7 @@ _STEP = {**_TABLE, **dict.fromkeys(_NUMBERS, "fp32"), **_RANDOM}
 _FOLD = {**_TABLE, "beta2": "fp32", "gain": "fp32", **_RANDOM}
 
 
-def _variant(kernel, name, types, constants, dtypes, registers, reads, writes, drawn=False, **most):
+def _variant(kernel, name, types, constants, dtypes, registers, reads, writes, executed, drawn=False, **most):
     """Of `growkit.kernels.report`; dtypes: of the lists as the kernel names them; types: of all else that is given."""
     optional = ("lr_at", "rho_bs_at", "scale", "skip", "unclipped", "step")
     absent = {k: None for k in kernel.arg_names if k in optional and k not in types}
@@ -360,41 +360,59 @@ def _variant(kernel, name, types, constants, dtypes, registers, reads, writes, d
         "registers": registers,
         "reads": reads,
         "writes": writes,
+        "executed": executed,
         "aligned": tuple(k for k, t in types.items() if t.startswith("*")),
         "options": {"num_warps": _warps([t for t in dtypes.values() if t], drawn), "enable_fp_fusion": False},
         **most,
     }
 
 
-def _step_variant(name, P, G, M, MASTER, registers, reads, writes, stochastic=False, maximum=False, **given):
+def _step_variant(
+    name, P, G, M, MASTER, registers, reads, writes, executed, stochastic=False, maximum=False, **given
+):  # fmt: skip
     dtypes = {"P": P, "G": G, "M": M, "H": M, "MASTER": MASTER}
     constants = {"MAX": maximum, "STOCHASTIC": stochastic}
-    return _variant(_sophia_step, name, _STEP | given, constants, dtypes, registers, reads, writes)
+    return _variant(_sophia_step, name, _STEP | given, constants, dtypes, registers, reads, writes, executed)
 
 
-def _refresh_variant(name, H, X, U, registers, reads, writes, stochastic=False, **most):
+def _refresh_variant(name, H, X, U, registers, reads, writes, executed, stochastic=False, **most):
     kind = name.partition(",")[0]
     constants = {"KIND": kind, "STOCHASTIC": stochastic}
     dtypes = {"H": H, "X": X, "U": U}
-    return _variant(_refresh, name, _FOLD, constants, dtypes, registers, reads, writes, kind == "drawn", **most)
+    return _variant(
+        _refresh, name, _FOLD, constants, dtypes, registers, reads, writes, executed, kind == "drawn", **most
+    )
 
 
 _F, _B = tl.float32, tl.bfloat16
 _ALL = {"lr_at": "*fp32", "rho_bs_at": "*fp32", "scale": "*fp32", "skip": "*fp32", "unclipped": "*i64"}
 VARIANTS = [
-    _step_variant("float32", _F, _F, _F, None, 64, 16, 8),
-    _step_variant("float32, max", _F, _F, _F, None, 64, 16, 8, maximum=True),
-    _step_variant("float32, device scalars", _F, _F, _F, None, 64, 16, 8, **_ALL),
-    _step_variant("bfloat16, stochastic", _B, _B, _F, None, 128, 12, 6, stochastic=True),
-    _step_variant("bfloat16, step on device", _B, _B, _F, None, 168, 12, 6, stochastic=True, step="*fp32", **_ALL),
-    _step_variant("bfloat16, master", _B, _B, _F, _F, 128, 14, 10),
-    _step_variant("bfloat16, nearest", _B, _B, _F, None, 128, 12, 6),
-    _step_variant("bfloat16 state", _F, _F, _B, None, 128, 12, 6),
-    _refresh_variant("gnb", _F, _F, None, 40, 8, 4),
-    _refresh_variant("gnb, bfloat16 g", _F, _B, None, 64, 6, 4),
-    _refresh_variant("gnb, bfloat16 h", _B, _F, None, 96, 6, 2, stochastic=True),
-    _refresh_variant("given", _F, _F, _F, 48, 12, 4),
-    _refresh_variant("drawn", _F, _F, None, 80, 8, 4, instructions=30),
-    _variant(_squares, "float32", {**_TABLE, "partial": "*fp32"}, {}, {"G": _F}, 40, 4, 0),
-    _variant(_squares, "bfloat16", {**_TABLE, "partial": "*fp32"}, {}, {"G": _B}, 40, 2, 0),
+    _step_variant("float32", _F, _F, _F, None, 64, 16, 8, (23,)),
+    _step_variant("float32, max", _F, _F, _F, None, 64, 16, 8, (24,), maximum=True),
+    _step_variant("float32, device scalars", _F, _F, _F, None, 64, 16, 8, (33, 2, 2, 1.04), **_ALL),
+    _step_variant("bfloat16, stochastic", _B, _B, _F, None, 128, 12, 6, (47, 8, 2, 1.47), stochastic=True),
+    _step_variant(
+        "bfloat16, step on device",
+        _B,
+        _B,
+        _F,
+        None,
+        168,
+        12,
+        6,
+        (56, 9, 4, 1.47),
+        stochastic=True,
+        step="*fp32",
+        **_ALL,
+    ),
+    _step_variant("bfloat16, master", _B, _B, _F, _F, 128, 14, 10, (25, 16, 4, 1.52)),
+    _step_variant("bfloat16, nearest", _B, _B, _F, None, 128, 12, 6, (25, 8, 2, 1.47)),
+    _step_variant("bfloat16 state", _F, _F, _B, None, 128, 12, 6, (25, 8, 2, 1.47)),
+    _refresh_variant("gnb", _F, _F, None, 40, 8, 4, (12,)),
+    _refresh_variant("gnb, bfloat16 g", _F, _B, None, 64, 6, 4, (12, 8, 2, 1.43)),
+    _refresh_variant("gnb, bfloat16 h", _B, _F, None, 96, 6, 2, (34, 0, 0, 1.54), stochastic=True),
+    _refresh_variant("given", _F, _F, _F, 48, 12, 4, (13,)),
+    _refresh_variant("drawn", _F, _F, None, 80, 8, 4, (46,), instructions=30),
+    _variant(_squares, "float32", {**_TABLE, "partial": "*fp32"}, {}, {"G": _F}, 40, 4, 0, (9, 0.5, 0.5, 1.07)),
+    _variant(_squares, "bfloat16", {**_TABLE, "partial": "*fp32"}, {}, {"G": _B}, 40, 2, 0, (7, 0.25, 0.5, 1.07)),
 ]

@@ -335,7 +335,7 @@ _NUMBERS = ("lr", "decay", "weight_decay", "beta1", "gain", "rho_bs", "eps")
 _SCALARS = {**dict.fromkeys(("lr_at", "rho_bs_at", "scale", "skip", "step"), "*fp32"), "unclipped": "*i64"}
 
 
-def _variant(kernel, name, types, constants, registers, reads, writes, narrow):
+def _variant(kernel, name, types, constants, registers, reads, writes, narrow, executed, wide):
     """Of `growkit.kernels.report`; reads, writes: bytes per element as the threads ask for them.
 
     A thread asks for 4 bytes of each scale for its 8 elements; the memory moves them once for a warp's 256.
@@ -351,36 +351,39 @@ def _variant(kernel, name, types, constants, registers, reads, writes, narrow):
         "reads": reads,
         "writes": writes,
         "narrow": narrow,
+        "executed": executed,
+        "wide": wide,
         "aligned": tuple(k for k, t in types.items() if t.startswith("*")),
         "options": {"num_warps": ROWS, "enable_fp_fusion": False},
     }
 
 
-def _step_variant(name, P, H, MASTER, registers, maximum=False, stochastic=False, **given):
+def _step_variant(name, P, H, MASTER, registers, executed, maximum=False, stochastic=False, **given):
     constants = {"P": P, "G": P, "H": H, "MASTER": MASTER, "MAX": maximum, "STOCHASTIC": stochastic}
     types = dict.fromkeys(_NUMBERS, "fp32") | given
     size, master = P.primitive_bitwidth // 8, 4 if MASTER else 0
-    reads, writes = (master or size) + size + 2 + 2, size + master + 1 + 1
-    return _variant(_sophia_step_8bit, name, types, constants, registers, reads, writes, (6, 2))
+    wide = (master or size) + size, size + master
+    reads, writes = wide[0] + 2 + 2, wide[1] + 1 + 1
+    return _variant(_sophia_step_8bit, name, types, constants, registers, reads, writes, (6, 2), executed, wide)
 
 
-def _refresh_variant(kind, H, X, U, registers):
+def _refresh_variant(kind, H, X, U, registers, executed):
     constants = {"H": H, "X": X, "U": U, "KIND": kind}
     types = {"beta2": "fp32", "gain": "fp32"}
-    reads = (X.primitive_bitwidth + (U.primitive_bitwidth if U else 0)) // 8 + 2
+    wide = (X.primitive_bitwidth + (U.primitive_bitwidth if U else 0)) // 8, 0
     name = f"{kind}, {X.name}"
-    return _variant(_refresh_8bit, name, types, constants, registers, reads, 2, (3, 2))
+    return _variant(_refresh_8bit, name, types, constants, registers, wide[0] + 2, 2, (3, 2), executed, wide)
 
 
 _F, _B, _U, _S = tl.float32, tl.bfloat16, tl.uint8, tl.int8
 VARIANTS = [
-    _step_variant("float32", _F, _U, None, 96),
-    _step_variant("float32, max", _F, _S, None, 96, maximum=True),
-    _step_variant("float32, device scalars", _F, _U, None, 112, **_SCALARS),
-    _step_variant("bfloat16, stochastic", _B, _U, None, 120, stochastic=True),
-    _step_variant("bfloat16, master", _B, _U, _F, 112),
-    _refresh_variant("gnb", _U, _F, None, 72),
-    _refresh_variant("gnb", _U, _B, None, 72),
-    _refresh_variant("given", _S, _F, _F, 72),
-    _refresh_variant("drawn", _S, _F, None, 96),
+    _step_variant("float32", _F, _U, None, 96, (102, 9.5, 2, 1.35)),
+    _step_variant("float32, max", _F, _S, None, 96, (108, 9.5, 2, 1.35), maximum=True),
+    _step_variant("float32, device scalars", _F, _U, None, 112, (111, 10.5, 3, 1.37), **_SCALARS),
+    _step_variant("bfloat16, stochastic", _B, _U, None, 120, (121, 1.5, 1), stochastic=True),
+    _step_variant("bfloat16, master", _B, _U, _F, 112, (105, 9.5, 2, 1.13)),
+    _refresh_variant("gnb", _U, _F, None, 72, (77, 1.5, 1, 1.35)),
+    _refresh_variant("gnb", _U, _B, None, 72, (78, 1.5, 1)),
+    _refresh_variant("given", _S, _F, _F, 72, (87, 1.5, 1, 1.58)),
+    _refresh_variant("drawn", _S, _F, None, 96, (107, 1.5, 1, 1.35)),
 ]

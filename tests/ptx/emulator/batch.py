@@ -1,0 +1,195 @@
+"""Executes programs in step: one array per register over the threads of all of them.
+
+Threads that branched apart go on by turns, those at the lowest address first, so that they meet again. Barriers wait
+for all threads of a program, warp-wide instructions for those of a warp. Errors: a barrier or a warp-wide instruction
+that some of its threads never reach, a register that is read before it is written, a program that does not end.
+"""
+
+import numpy as np
+
+from .counts import Counts
+from .errors import EmulationError, Unsupported
+from .memory import Memory, Shared, Who
+from .program import Instruction, Program
+from .warp import WARP
+
+MAX_STEPS = 5_000_000  # instructions of a batch, by which time it hangs
+
+
+class Batch:
+    """Programs `first` .. `first + count - 1` of a grid. arguments: bits of each, an array of one element.
+
+    epoch: number of the stretch of time that begins now; each program's own are that one and its index apart.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        memory: Memory,
+        shared: int,
+        arguments: list[np.ndarray],
+        grid: tuple[int, int, int],
+        first: int,
+        count: int,
+        noise: int | None,
+    ):
+        self.program, self.memory, self.arguments, self.noise = program, memory, arguments, noise
+        self.count, self.threads = count, count * program.threads
+        self.lanes = np.arange(self.threads)
+        self.lane = self.lanes % WARP
+        self._place = self.lanes // program.threads
+        self._index = first + self._place
+        self._warp = self.lanes // WARP + first * (program.threads // WARP)
+        self._epoch = np.zeros(count, np.int64)
+        self._shared = Shared(count, shared, program.shared_unit)
+        self.counts = Counts()
+        self.r: list = [None] * len(program.names.widths)
+        thread = self.lanes % program.threads
+        constants = {"%laneid": self.lane, "%warpid": thread // WARP, "%tid.x": thread}
+        constants |= {"%tid.y": 0, "%tid.z": 0, "%ntid.x": program.threads, "%ntid.y": 1, "%ntid.z": 1}
+        below = 1
+        for axis, size in zip("xyz", grid, strict=True):
+            constants |= {f"%ctaid.{axis}": self._index // below % size, f"%nctaid.{axis}": size}
+            below *= size
+        for name, value in constants.items():
+            values = np.broadcast_to(np.asarray(value, np.uint32), (self.threads,))
+            self.r[program.names.index[name]] = values.copy()
+
+    # --- what instructions call; lanes: the threads that take part ---
+
+    def _who(self, lanes) -> Who:
+        # Unique over programs, as no two of them are in step by a barrier.
+        epoch = self._epoch[self._place[lanes]] * (1 << 32) + self._index[lanes]
+        return Who(self._warp[lanes], self._index[lanes], epoch)
+
+    def global_load(self, addresses, lanes, dtype: np.dtype, count: int) -> list[np.ndarray]:
+        self.counts.access("load", addresses, self._warp[lanes], dtype.itemsize * count)
+        return self.memory.load(addresses, dtype, count, self._who(lanes))
+
+    def global_store(self, addresses, lanes, values: list[np.ndarray]) -> None:
+        self.counts.access("store", addresses, self._warp[lanes], values[0].itemsize * len(values))
+        self.memory.store(addresses, values, self._who(lanes))
+
+    def shared_load(self, addresses, lanes, dtype: np.dtype, count: int) -> list[np.ndarray]:
+        self.counts.shared += dtype.itemsize * count * len(lanes)
+        return self._shared.read(addresses, self._place[lanes], dtype, count, self._who(lanes))
+
+    def shared_store(self, addresses, lanes, values: list[np.ndarray]) -> None:
+        self.counts.shared += values[0].itemsize * len(values) * len(lanes)
+        self._shared.write(addresses, self._place[lanes], values, self._who(lanes))
+
+    # --- scheduling ---
+
+    def run(self) -> Counts:
+        """Execute until all threads have returned."""
+        code = self.program.code
+        self._groups: dict[int, np.ndarray] = {0: np.ones(self.threads, bool)}  # ready, by address
+        self._waiting: dict[int, np.ndarray] = {}  # for the rest of their program or warp, by address
+        self._steps, self._returned = 0, 0
+        while self._groups:
+            at = min(self._groups)
+            self._advance(at, self._groups.pop(at), min(self._groups, default=len(code)))
+        if self._waiting:
+            at, mask = next(iter(self._waiting.items()))
+            raise self._error(code[at], EmulationError(
+                f"deadlock: {int(mask.sum())} of {self.threads} threads wait here for others, of which "
+                f"{self._returned} have returned and the rest wait elsewhere"
+            ))  # fmt: skip
+        self.counts.programs += self.count
+        return self.counts
+
+    def _ready(self, at: int, mask: np.ndarray) -> None:
+        self._groups[at] = self._groups[at] | mask if at in self._groups else mask
+
+    def _advance(self, at: int, mask: np.ndarray, meeting: int) -> None:
+        """Execute from `at` with the threads of `mask` until they branch apart, wait, return or reach `meeting`."""
+        code, size = self.program.code, int(np.count_nonzero(mask))
+        while at < meeting:
+            instruction = code[at]
+            kind, active, taking = instruction.kind, mask, size
+            if instruction.guard is not None:
+                active = mask & self._guard(instruction)
+                taking = int(np.count_nonzero(active))
+            self._steps += 1
+            if self._steps > MAX_STEPS:
+                raise self._error(instruction, EmulationError(f"no end after {MAX_STEPS} instructions"))
+            if kind == "plain":
+                self._execute(instruction, active, taking)
+                at += 1
+            elif kind == "branch":
+                self.counts.instruction(instruction.statement.opcode, size)
+                if 0 < taking < size:
+                    self.counts.divergent += self._split_programs(active, mask)
+                    self._ready(instruction.target, active)
+                    self._ready(at + 1, mask & ~active)
+                    return
+                at = instruction.target if taking else at + 1
+            elif kind == "return":
+                self._returned += taking
+                mask, size, at = mask & ~active, size - taking, at + 1
+                if not size:
+                    return
+            else:
+                if kind == "barrier" and taking < size:
+                    raise self._error(instruction, EmulationError("a predicated barrier that some threads skip"))
+                group = self.program.threads if kind == "barrier" else WARP
+                mask = self._complete(at, mask, group)
+                size = int(np.count_nonzero(mask))
+                if not size:
+                    return
+                if kind == "barrier":
+                    self.counts.barriers += size // group
+                    self._epoch[mask.reshape(self.count, -1).any(1)] += 1
+                    self.counts.instruction(instruction.statement.opcode, size)
+                else:
+                    self._execute_by_warp(instruction, mask, size)
+                at += 1
+        self._ready(at, mask)
+
+    def _guard(self, instruction: Instruction) -> np.ndarray:
+        guard = self.r[instruction.guard]
+        if guard is None:
+            raise self._error(instruction, EmulationError("the predicate was never written"))
+        return ~guard if instruction.statement.negated else guard
+
+    def _split_programs(self, active, mask) -> int:
+        """Number of programs in which some threads take a branch and others do not."""
+        taken, stay = (x.reshape(self.count, -1).any(1) for x in (active, mask & ~active))
+        return int((taken & stay).sum())
+
+    def _complete(self, at: int, mask: np.ndarray, group: int) -> np.ndarray:
+        """Threads at `at`, now or waiting, whose whole program or warp is there; the others wait."""
+        arrived = mask | self._waiting.pop(at) if at in self._waiting else mask
+        whole = np.repeat(arrived.reshape(-1, group).all(1), group)
+        left = arrived & ~whole
+        if left.any():
+            self._waiting[at] = left
+        return whole
+
+    def _execute_by_warp(self, instruction, mask, size) -> None:
+        if instruction.guard is not None:
+            mask = mask & self._guard(instruction)
+            by_warp = mask.reshape(-1, WARP)
+            if (by_warp.any(1) & ~by_warp.all(1)).any():
+                raise self._error(instruction, EmulationError("some threads of a warp skip what takes all"))
+            size = int(np.count_nonzero(mask))
+        self._execute(instruction, mask, size)
+
+    def _execute(self, instruction: Instruction, mask: np.ndarray, size: int) -> None:
+        if not size:
+            return
+        self.counts.instruction(instruction.statement.opcode, size)
+        try:
+            instruction.execute(self, None if size == self.threads else mask)
+        except EmulationError as error:
+            raise self._error(instruction, error) from None
+        except (TypeError, AttributeError) as error:
+            unwritten = [i for i in instruction.registers if self.r[i] is None]  # the one that is written first
+            if not unwritten:
+                raise
+            name = next(name for name, i in self.program.names.index.items() if i == unwritten[-1])
+            raise self._error(instruction, EmulationError(f"{name} may be read before it is written")) from error
+
+    def _error(self, instruction: Instruction, error: EmulationError) -> EmulationError:
+        kind = Unsupported if isinstance(error, Unsupported) else EmulationError
+        return kind(f"{self.program.name}, {instruction}: {error}")
