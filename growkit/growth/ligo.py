@@ -254,9 +254,9 @@ class LiGO(nn.Module):
         parts = []
         for part, vectors in scaled:
             if vectors["row_scale"] is not None:
-                part = part * vectors["row_scale"][:, None]
+                part = part * vectors["row_scale"].unsqueeze(-1)
             if vectors["column_scale"] is not None:
-                part = part * vectors["column_scale"]
+                part = part * vectors["column_scale"].unsqueeze(-2)
             parts.append(part)
         if sum(part[0].numel() for part in parts) != math.prod(row.shape):
             made = " and ".join(str(list(part.shape[1:])) for part in parts)
@@ -271,15 +271,19 @@ class LiGO(nn.Module):
         Held at once: the small stack of one module type, the same widened, and one large tensor.
         """
         for row in self.rows:
-            parts = self._arguments(row)
-            per_layer = self.sharing == "target" and row.layered
-            if not per_layer:
-                parts = [
-                    (part | {"W": ops.kron_expand(**(part | {"w": None})), "B": None, "A": None}, v)
-                    for part, v in parts
-                ]
-            for layer, name in enumerate(row.names):
-                yield name, self._assemble(row, [(_layer(part, layer), v) for part, v in parts])[0].to(self._dtype)
+            yield from self._grown(row)
+
+    def _grown(self, row):
+        """`tensors()` of one row."""
+        parts = self._arguments(row)
+        if self.sharing != "target" or not row.layered:
+            parts = [
+                (part | {"W": ops.kron_expand(**(part | {"w": None})), "B": None, "A": None}, vectors)
+                for part, vectors in parts
+            ]
+        for layer, name in enumerate(row.names):
+            layers = [_layer(part, vectors, layer) for part, vectors in parts]
+            yield name, self._assemble(row, layers)[0].to(self._dtype)
 
     @property
     def flops_per_expansion(self) -> Flops:
@@ -304,23 +308,25 @@ class LiGO(nn.Module):
         others = []
         ops.kron_expand_into(self._parts_into(parameters, others))
         for row in others:
-            parts = [(ops.kron_expand(**part), vectors) for part, vectors in self._arguments(row)]
-            for name, value in zip(row.names, self._assemble(row, parts), strict=True):
+            for name, value in self._grown(row):
                 parameters[name].copy_(value)
         return model
 
     def _parts_into(self, parameters, others):
         """What `kron_expand_into` takes, part by part: a small stack in the operators' dtype lives no longer.
 
-        others: gets the rows whose pieces are not matrices inside their parameters.
+        others: gets the rows that it cannot take: pieces that are no matrices inside their parameters, or are scaled
+            otherwise in every layer.
         """
         for row in self.rows:
+            arguments = self._arguments(row)
             targets = [matrices(parameters[name][None], row.entries, self._big) for name in row.names]
             start = parameters[row.names[0]].untyped_storage().data_ptr()
-            if row.offset or any(out.untyped_storage().data_ptr() != start for out in targets[0]):
+            scattered = any(out.untyped_storage().data_ptr() != start for out in targets[0])
+            if row.offset or scattered or any(v.ndim > 1 for _, vs in arguments for v in vs.values() if v is not None):
                 others.append(row)
                 continue
-            for (part, vectors), *out in zip(self._arguments(row), *targets, strict=True):
+            for (part, vectors), *out in zip(arguments, *targets, strict=True):
                 yield dict(out=[y[0] for y in out], **part, **vectors)
 
     def skeleton(self) -> nn.Module:
@@ -407,15 +413,16 @@ class LiGO(nn.Module):
         raise ValueError(f"inputs: expected some, as random {name} cannot be made for {type(model).__name__}")
 
 
-def _layer(part, layer):
-    """One large layer of a part, [1, rows, columns]."""
+def _layer(part, vectors, layer):
+    """One large layer of a part, [1, rows, columns], and its scales."""
+    vectors = {name: v[layer] if v is not None and v.ndim > 1 else v for name, v in vectors.items()}
     if part["w"] is None:
-        return part["W"]
+        return part["W"], vectors
     part = part | {"w": part["w"][layer : layer + 1]}
     for name in "BA":
         if part[name] is not None and part[name].ndim == 3:
             part[name] = part[name][layer : layer + 1]
-    return ops.kron_expand(**part)
+    return ops.kron_expand(**part), vectors
 
 
 def _outputs(output):

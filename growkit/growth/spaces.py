@@ -16,7 +16,7 @@ class Map(nn.Module):
     """new = scale * M old along one axis.
 
     kind, tensor(): M in the form that `growkit.ops.kron_expand` takes.
-    scale: a number, or one per new coordinate.
+    scale: a number, or one per new coordinate, or those of every large layer, [L2, large].
     """
 
     kind = "dense"

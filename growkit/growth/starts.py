@@ -184,7 +184,7 @@ def _structured(growth, sides, layers, layered, random):
     maps = _residual(growth, random)
     for space in growth.family.hidden:
         if space != "head":
-            maps |= _hidden(growth, space, layers if space in layered else (), random)
+            maps |= _hidden(growth, space, layers if space in layered else (), space in layered, random)
     if "head_write" in sides:
         maps |= _normed_head(growth, random)
     return maps | _attention(growth, layers, random)
@@ -258,14 +258,27 @@ def _scale(shares):
     return float(shares[0]) if bool((shares == shares[0]).all()) else shares
 
 
-def _hidden(growth, space, layers, random):
+def _layered_scale(growth, index, shares):
+    """[L2, large] `shares` in layers that stay; in layers that skip, parts that sum to 0.
+
+    There nothing would tell copies apart that are read as zero.
+    """
+    source = source_layers(growth.start.depth, growth.small["layers"], growth.big["layers"])
+    skips = torch.tensor([t > 0 and source[t - 1] == s for t, s in enumerate(source)])
+    if not skips.any():
+        return _scale(shares)
+    return torch.where(skips[:, None], shares - 1 / torch.bincount(index)[index], shares)
+
+
+def _hidden(growth, space, layers, layered, random):
     """Units that act one by one: any new ones will do that nothing reads, or copies read in parts."""
     F1, F2 = growth.small[space], growth.big[space]
     if growth.start.width in ("copies", "split"):
         index = torch.arange(F2) % F1
         C = torch.eye(F1, dtype=random.dtype)[index[F1:]].expand(*layers, -1, -1)
         shares = _shares(index, F1, random if growth.start.width == "split" else None).to(random.dtype)
-        return {f"{space}_write": _top(C.clone()), f"{space}_read": _top(C.clone(), _scale(shares))}
+        scale = _layered_scale(growth, index, shares) if layered else _scale(shares)
+        return {f"{space}_write": _top(C.clone()), f"{space}_read": _top(C.clone(), scale)}
     zeros = torch.zeros(*layers, F2 - F1, F1, dtype=random.dtype)
     return {f"{space}_write": _top(random.normal(*layers, F2 - F1, F1)), f"{space}_read": _top(zeros)}
 
@@ -328,16 +341,17 @@ def _placed(growth):
 def _attention(growth, layers, random):
     family, small, big = growth.family, growth.small, growth.big
     H1, H2, K1, d1, d2 = small["heads"], big["heads"], small["kv_heads"], small["head_dim"], big["head_dim"]
-    keys, queries = _placed(growth)
-    shares = torch.tensor([1.0 if q >= 0 else 0.0 for q in queries], dtype=torch.float64)
+    (keys, queries), read_scale = _placed(growth), 1.0
     if growth.start.width in ("copies", "split"):
         g1, g2 = H1 // K1, H2 // big["kv_heads"]
         firsts = sum(k >= 0 for k in keys)
         keys = [k if k >= 0 else keys[j % firsts] for j, k in enumerate(keys)]
         queries = [q if q >= 0 else keys[h // g2] * g1 + h % g2 % g1 for h, q in enumerate(queries)]
-        if -1 not in queries:
-            shares = _shares(torch.tensor(queries), H1, random if growth.start.width == "split" else None)
-    shares = shares.to(random.dtype)
+        index = torch.tensor(queries)
+        shares = _shares(index, H1, random if growth.start.width == "split" else None).to(random.dtype)
+        read_scale = _layered_scale(growth, index, shares)
+        if isinstance(read_scale, torch.Tensor):
+            read_scale = read_scale.repeat_interleave(d2, -1)
     slots = _slots(growth, d1, d2)
     same = torch.eye(d1, dtype=random.dtype)[slots] * (slots >= 0)[:, None]  # [d2, d1], new dimensions zero
     fresh = same + (slots < 0)[:, None] * random.normal(d2, d1)
@@ -347,20 +361,18 @@ def _attention(growth, layers, random):
     scale = math.sqrt(d2 / d1) if scaled else 1.0
     rotary = bool(_rotated(growth, d1))
 
-    def heads(placed, old, R, scale=1.0, unread=None):
-        """Old heads where they are placed; others are random, or nothing where unread [heads] is given."""
+    def heads(placed, old, R, scale=1.0, unread=False):
+        """Old heads where they are placed; others are random, or nothing."""
         first = placed[:old] == list(range(old)) and d1 == d2
-        if first and not rotary and -1 in placed[old:] and unread is None:  # new heads mix all old coordinates
+        if first and not rotary and -1 in placed[old:] and not unread:  # new heads mix all old coordinates
             return _top(random.normal(*layers, (len(placed) - old) * d1, old * d1), scale)
         P = torch.zeros(len(placed), old, dtype=random.dtype)
         for new, source in enumerate(placed):
             if source >= 0:
                 P[new, source] = 1.0
-            elif unread is None:
+            elif not unread:
                 P[new] = random.normal(old)
-        if unread is not None:
-            P = P * unread[:, None]
-        if first and bool((P[:old] == torch.eye(old, dtype=P.dtype)).all()):
+        if first:
             if not rotary:
                 return _top(torch.kron(P[old:], torch.eye(d1, dtype=P.dtype)).expand(*layers, -1, -1).clone(), scale)
             C = P[old:].expand(*layers, -1, -1).clone()
@@ -373,7 +385,7 @@ def _attention(growth, layers, random):
         "query_write": heads(queries, H1, same, scale),
         "key_write": heads(keys, K1, fresh),
         "value_write": heads(keys, K1, fresh),
-        "value_read": heads(queries, H1, same, unread=shares),
+        "value_read": heads(queries, H1, same, read_scale, unread=True),
     }
     for side in ("query_gain", "key_gain"):
         maps[side] = Identity(d1) if d1 == d2 else IdentityTop(random.normal(d2 - d1, d1))
@@ -416,7 +428,10 @@ def depth_map(growth: Growth, pattern: str, sides: Sequence[str | None], random:
     if norm:
         keep = last if family.residual.post_norm == module else first
     else:
-        keep = first if skip and "residual_write" in sides else [True] * L2
+        # Of units that are copies the map makes what is read add up to nothing.
+        reads = {s for s in sides if s and s.endswith("_read")} - {"residual_read", "head_read"}
+        copies = reads and growth.start.width in ("copies", "split")
+        keep = first if skip and "residual_write" in sides and not copies else [True] * L2
     for t, s in enumerate(source):
         if keep[t]:
             w[t, s] = 1.0
