@@ -51,8 +51,9 @@ class Telemetry:
         gradient_norm, fraction (of elements not clipped, or None), skipped: 0-d tensors.
         """
         h = [h for _, (h,) in _samples(prepared, "hessian")]
-        levels = torch.tensor(list(QUANTILES.values()))
-        h = torch.cat([t.to(h[0].device) for t in h]).quantile(levels.to(h[0].device)) if h else []
+        if h:
+            h = torch.cat([t.to(h[0].device) for t in h])
+            h = h.quantile(torch.tensor(list(QUANTILES.values()), dtype=h.dtype).to(h.device))
         values = {"skipped": skipped, "refresh_grad_norm": gradient_norm, **dict(zip(QUANTILES, h, strict=False))}
         values |= {"unclipped": fraction, "update_grad_cosine": self._cosine}
         values = {name: value for name, value in values.items() if value is not None}

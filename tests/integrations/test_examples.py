@@ -1,0 +1,165 @@
+"""The examples run, and each framework's loop gives the parameters of the plain loop.
+
+In float64, so that what is left of a difference is a difference in kind: another batch, factor, schedule or label.
+"""
+
+import importlib
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+import growkit
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+LOOPS = ["plain", "trainer", "accelerate_loop", "lightning_loop"]
+
+pytest.importorskip("transformers")
+
+
+@pytest.fixture(autouse=True)
+def examples(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    torch.set_default_dtype(torch.float64)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=DeprecationWarning)
+        yield
+    torch.set_default_dtype(torch.float32)
+
+
+def example(name, needs=None):
+    pytest.importorskip(needs or "transformers")
+    return importlib.import_module(name)
+
+
+def assert_same_parameters(found, expected, bound=1e-10):
+    for (name, p), q in zip(found.named_parameters(), expected.parameters(), strict=True):
+        difference = (p - q).detach().abs().max().item()
+        assert difference <= bound, f"{name} differs by {difference}"
+
+
+@pytest.fixture(scope="module")
+def plain_model():
+    sys.path.insert(0, str(EXAMPLES))
+    torch.set_default_dtype(torch.float64)
+    model = importlib.import_module("plain").main()
+    torch.set_default_dtype(torch.float32)
+    sys.path.remove(str(EXAMPLES))
+    return model
+
+
+def micro_batch_loop(micro, accumulate, steps, mask=None, items=False, dtype=None):
+    """The plain loop over micro-batches: the mean over all labels of a step that count; refreshed on the last one.
+
+    items: let transformers divide by all labels of the step, which in float32, its loss's dtype, rounds otherwise.
+    """
+    tiny = example("tiny")
+    model = tiny.new_model()
+    optimizer = growkit.SophiaG(growkit.param_groups(model, 0.1), **growkit.presets["short-run"])
+    optimizer.attach(model, every=5)
+    rows = tiny.windows(steps * micro * accumulate)
+    parts = list(torch.utils.data.DataLoader(mask(rows) if mask else rows, batch_size=micro))
+    for first in range(0, len(parts), accumulate):
+        step = parts[first : first + accumulate]
+        counts = [(part["labels"][:, 1:] != -100).sum() for part in step]
+        for part, count in zip(step, counts, strict=True):
+            with torch.autocast("cpu", dtype, enabled=dtype is not None):
+                if items:
+                    loss = model(**part, num_items_in_batch=sum(counts)).loss
+                else:
+                    loss = model(**part).loss * (count / sum(counts))
+            loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_an_example_is_short(name):
+    assert len((EXAMPLES / f"{name}.py").read_text().splitlines()) <= 40
+
+
+# --- Trainer ---
+
+
+def test_trainer_is_the_plain_loop_and_logs_metrics():
+    pytest.importorskip("accelerate")
+    trainer = example("trainer").main()
+    assert_same_parameters(trainer.model, micro_batch_loop(4, 1, 30, items=True))
+    groups = trainer.optimizer.param_groups
+    assert [(g["lr"], g["weight_decay"]) for g in groups] == [(1e-3, 0.1), (1e-3, 0.0)]  # of TrainingArguments
+    told = [log for log in trainer.state.log_history if "loss" in log]
+    assert len(told) == 6 and all(0 <= log["sophia/unclipped"] <= 1 for log in told[1:])
+    assert told[-1]["sophia/refreshes"] == 6 and not any("sophia" in key for key in trainer.state.log_history[-1])
+
+
+def test_trainer_accumulates_as_the_plain_loop_with_uneven_labels():
+    """num_items_in_batch: the loss of a micro-batch is divided by the labels of all of them."""
+    pytest.importorskip("accelerate")
+    tiny, module = example("tiny"), example("trainer")
+    whole = tiny.windows
+
+    def masked(rows):
+        return [
+            {"input_ids": row["input_ids"], "labels": row["labels"].masked_fill(torch.arange(32) < 3 * (i % 7), -100)}
+            for i, row in enumerate(rows)
+        ]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiny, "windows", lambda count: masked(whole(count)))
+        trainer = module.main(steps=8, batch=2, gradient_accumulation_steps=2)
+    assert_same_parameters(trainer.model, micro_batch_loop(2, 2, 8, masked, items=True))
+
+
+def test_trainer_resumes_bit_for_bit(tmp_path):
+    pytest.importorskip("accelerate")
+    module = example("trainer")
+    options = {"folder": str(tmp_path), "save_strategy": "steps", "save_steps": 8}
+    whole = module.main(steps=16, **options)
+    resumed = module.main(steps=16, resume=str(tmp_path / "checkpoint-8"), **options)
+    assert_same_parameters(resumed.model, whole.model, bound=0)
+
+
+def test_trainer_compiles():
+    pytest.importorskip("accelerate")
+    trainer = example("trainer").main(steps=7, torch_compile=True, torch_compile_backend="aot_eager")
+    assert_same_parameters(trainer.model, micro_batch_loop(4, 1, 7, items=True))
+
+
+def test_trainer_in_bfloat16():
+    pytest.importorskip("accelerate")
+    torch.set_default_dtype(torch.float32)
+    trainer = example("trainer").main(steps=10, bf16=True)
+    assert_same_parameters(trainer.model, micro_batch_loop(4, 1, 10, items=True, dtype=torch.bfloat16), bound=0)
+    assert trainer.optimizer.optimizer.metrics()["refreshes"] == 2
+
+
+def test_sophia_outside_of_a_trainer_asks_for_lr():
+    huggingface = example("growkit.integrations.huggingface", "accelerate")
+    with pytest.raises(ValueError, match="lr and weight_decay are missing"):
+        huggingface.Sophia()(torch.nn.Linear(2, 2), rho=0.1)
+    optimizer = huggingface.Sophia()(torch.nn.Linear(2, 2), lr=0.5, weight_decay=0.1, optimizer=growkit.SophiaH)
+    assert isinstance(optimizer, growkit.SophiaH) and optimizer.param_groups[0]["every"] == 10
+
+
+# --- Accelerate, Lightning ---
+
+
+def test_accelerate_is_the_plain_loop(plain_model):
+    module = example("accelerate_loop", "accelerate")
+    assert_same_parameters(module.main(), plain_model)
+    assert_same_parameters(module.main(steps=8, accumulate=2, batch=2), micro_batch_loop(2, 2, 8))
+
+
+@pytest.mark.parametrize("automatic", [True, False], ids=["automatic", "manual"])
+def test_lightning_is_the_plain_loop_and_logs_metrics(plain_model, automatic, tmp_path):
+    module = example("lightning_loop", "lightning")
+    from lightning.pytorch.loggers import CSVLogger
+
+    logger = CSVLogger(tmp_path)
+    trainer = module.main(automatic=automatic, logger=logger)
+    assert_same_parameters(trainer.lightning_module.model, plain_model)
+    header = (Path(logger.log_dir) / "metrics.csv").read_text().splitlines()[0]
+    assert "sophia/unclipped" in header and "sophia/h_q50" in header
