@@ -18,6 +18,8 @@ def __getattr__(name):
             module = importlib.import_module(package)
             if name in module.__all__:
                 return globals().setdefault(name, getattr(module, name))
+    if name == "integrations":
+        return importlib.import_module("growkit.integrations")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -118,6 +118,7 @@ def test_public_names_come_when_asked_for(tmp_path):
         "from growkit import *\n"
         "import growkit.optim, growkit.growth\n"
         "assert SophiaG is growkit.SophiaG is growkit.optim.SophiaG and LiGO is growkit.growth.LiGO\n"
+        "assert not hasattr(growkit.integrations, 'keras') and 'transformers' not in sys.modules\n"
     )
     command(sys.executable, "-c", script, cwd=tmp_path)
 
@@ -129,7 +130,7 @@ LAYERS = (
     ("growkit.ops",),
     ("growkit.optim", "growkit.growth"),
     ("growkit",),
-    ("growkit.demo", "growkit.bench"),
+    ("growkit.demo", "growkit.bench", "growkit.integrations"),
     ("growkit.cli",),
     ("growkit.__main__",),
 )

@@ -4,6 +4,7 @@ In float64, so that what is left of a difference is a difference in kind: anothe
 """
 
 import importlib
+import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -142,6 +143,28 @@ def test_sophia_outside_of_a_trainer_asks_for_lr():
         huggingface.Sophia()(torch.nn.Linear(2, 2), rho=0.1)
     optimizer = huggingface.Sophia()(torch.nn.Linear(2, 2), lr=0.5, weight_decay=0.1, optimizer=growkit.SophiaH)
     assert isinstance(optimizer, growkit.SophiaH) and optimizer.param_groups[0]["every"] == 10
+
+
+# --- two processes ---
+
+
+@pytest.fixture(scope="module")
+def parameters_of_two_processes(tmp_path_factory):
+    """{example: parameters}, of one start of torchrun."""
+    pytest.importorskip("accelerate")
+    folder, names = tmp_path_factory.mktemp("two"), ["trainer", "accelerate_loop"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [Path(__file__).with_name("two_processes.py"), folder, *names]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return {name: torch.load(folder / f"{name}.pt") for name in names}
+
+
+@pytest.mark.parametrize("name", ["trainer", "accelerate_loop"])
+def test_two_processes_are_one_with_their_batches_together(name, parameters_of_two_processes):
+    model = example("tiny").new_model()
+    model.load_state_dict(parameters_of_two_processes[name])
+    assert_same_parameters(model, micro_batch_loop(4, 1, 30, items=name == "trainer"), bound=1e-9)
 
 
 # --- Accelerate, Lightning ---
