@@ -84,8 +84,7 @@ def test_step_kernel_equals_reference(dtypes, options):
     assert 0 < counts[0] < total and abs(counts[0] - counts[1]) <= 1e-3 * total
 
 
-@pytest.mark.parametrize("state", [F32, BF16], ids=str)
-@pytest.mark.parametrize("offset", [[0] * len(SIZES), OFFSETS], ids=["whole", "shards"])
+@pytest.mark.parametrize(("state", "offset"), [(F32, OFFSETS), (BF16, OFFSETS), (F32, [0] * len(SIZES))], ids=str)
 def test_stochastic_rounding_of_the_kernel_draws_the_reference_bits(state, offset):
     found, expected = operands(BF16, BF16, state), operands(BF16, BF16, state)
     for lists, step_ in ((found, sophia.sophia_step_), (expected, reference.sophia_step_)):
@@ -93,13 +92,15 @@ def test_stochastic_rounding_of_the_kernel_draws_the_reference_bits(state, offse
     # A float32 result in which the two differ in the last bit rounds to another neighbour once in 2^16 times.
     differ = sum(int((f != e).sum()) for f, e in zip(found["p"], expected["p"], strict=True))
     assert differ <= sum(SIZES) / 1000
-    again = operands(BF16, BF16, state)
-    sophia.sophia_step_(*again.values(), **SCALARS, step=torch.tensor(7.0), **KEY, offset=offset)
-    assert all(map(torch.equal, again["p"], found["p"]))  # deterministic
-    sophia.sophia_step_(*again.values(), **SCALARS, step=torch.tensor(8.0), **KEY, offset=offset)
-    nearest = operands(BF16, BF16, state)
-    sophia.sophia_step_(*nearest.values(), **SCALARS)
-    assert not all(map(torch.equal, nearest["p"], found["p"]))
+
+
+def test_stochastic_rounding_of_the_kernel_repeats_itself_at_one_step_alone():
+    lists = [operands(BF16, BF16) for _ in range(4)]
+    for one, step in zip(lists, (7.0, 7.0, 8.0, None), strict=True):
+        sophia.sophia_step_(*one.values(), **SCALARS, **({} if step is None else KEY | {"step": torch.tensor(step)}))
+    found, again, other, nearest = (one["p"] for one in lists)
+    assert all(map(torch.equal, again, found))
+    assert not all(map(torch.equal, other, found)) and not all(map(torch.equal, nearest, found))
 
 
 @pytest.mark.parametrize(("found_inf", "moves"), [(0.0, True), (1.0, False), (False, True), (True, False)])
