@@ -2,7 +2,7 @@
 #   ARGS='...'           passed on: make test ARGS='-k sophia', make demo ARGS='--steps-scale 0.05'
 #   PYTHON=python3.12    the Python that .venv is made with; naming another one than before makes .venv anew
 
-.PHONY: help bench demo test lint wheel clean
+.PHONY: help bench demo test test-oldest lint wheel clean
 
 # Named after the Python, so that another PYTHON is another stamp. PYTHON not given: any finished .venv will do.
 ifeq ($(origin PYTHON),undefined)
@@ -15,6 +15,7 @@ PYTHON ?= python3
 help:
 	@echo "make demo   train a small model, grow it, train on; CPU only, no download"
 	@echo "make test   run the CPU test-suite"
+	@echo "make test-oldest  the tests of optimizers and operators beside the oldest torch, in a .venv of its own"
 	@echo "make bench  measure the goals and compare with the saved run of the same hardware; minutes"
 	@echo "make lint   ruff: rules and format"
 	@echo "make wheel  build the pure wheel and, where nvcc is, the CUDA wheel, into dist/, and try each"
@@ -23,9 +24,15 @@ help:
 demo: $(INSTALLED)
 	.venv/bin/growkit demo $(ARGS)
 
-# Coverage is asked of the whole suite only: a selection would always miss the limit.
+# A worker for each core, of one thread each; those of a module that share something costly share a worker, too
+# (tests/conftest.py). Coverage is asked of the whole suite only: a selection would always miss the limit.
 test: $(INSTALLED)
-	.venv/bin/pytest $(or $(ARGS),--cov)
+	OMP_NUM_THREADS=1 .venv/bin/pytest $(or $(ARGS),-n logical --maxprocesses 8 --dist loadgroup --cov)
+
+# Not part of .ci/run: on PyPI torch 2.10.0 for Linux comes with CUDA, 7 GB once installed. PyTorch's own index has it
+# without: PIP_INDEX_URL=https://download.pytorch.org/whl/cpu PIP_EXTRA_INDEX_URL=https://pypi.org/simple make test-oldest
+test-oldest: .venv-oldest/.installed
+	OMP_NUM_THREADS=1 .venv-oldest/bin/pytest tests/optim tests/ops -n logical --maxprocesses 8 --dist loadgroup $(ARGS)
 
 # One thread, so that CPU times mean the same on every machine. The run is saved; a slower one than the saved fails.
 bench: $(INSTALLED)
@@ -53,5 +60,12 @@ $(INSTALLED): pyproject.toml setup.py Makefile
 	@.venv/bin/pip install --quiet --no-build-isolation -e '.[dev]'
 	@touch $@
 
+.venv-oldest/.installed: pyproject.toml setup.py Makefile
+	$(PYTHON) -m venv .venv-oldest
+	@.venv-oldest/bin/pip install --quiet torch==2.10.0
+	@.venv-oldest/bin/pip install --quiet 'setuptools>=77'
+	@GROWKIT_SKIP_CUDA_BUILD=1 .venv-oldest/bin/pip install --quiet --no-build-isolation -e '.[dev]'
+	@touch $@
+
 clean:
-	rm -rf .venv build dist growkit.egg-info .coverage .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-oldest build dist growkit.egg-info .coverage .pytest_cache .ruff_cache .hypothesis

@@ -1,4 +1,8 @@
+import contextlib
+import hashlib
 import os
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,11 +13,45 @@ if not torch.cuda.is_available():
 torch.set_num_threads(1)  # operations this small only lose time to threads that wait for each other
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items):
+    for item in items:
+        # What a whole module shares is made by one worker, once; every other test goes to whichever worker is free.
+        shared = [d for found in item._fixtureinfo.name2fixturedefs.values() for d in found if d.scope == "module"]
+        if shared:
+            item.add_marker(pytest.mark.xdist_group(item.path.name))
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def compiled(request, tmp_path_factory):
+    """compiled(make, *inputs): a folder that make(folder) filled, now or in an earlier run with the same inputs.
+
+    inputs: everything that the result depends on; of files and folders (Path) the content counts, of all else the repr.
+    Kept in pytest's cache, which git ignores and `pytest --cache-clear` and `make clean` remove.
+    """
+    cache = getattr(request.config, "cache", None)
+    kept = Path(cache.mkdir("compiled")) if cache else tmp_path_factory.mktemp("compiled")
+
+    def get(make, *inputs, home=kept):
+        key = hashlib.sha256()
+        for part in inputs:
+            is_folder = isinstance(part, Path) and part.is_dir()
+            for piece in sorted(path for path in part.rglob("*") if path.is_file()) if is_folder else [part]:
+                told = f"{piece.name} {piece.read_bytes()}" if isinstance(piece, Path) else repr(piece)
+                key.update(f"{len(told)} {told} ".encode())
+        folder = home / key.hexdigest()
+        if not folder.exists():
+            with tempfile.TemporaryDirectory(dir=home, ignore_cleanup_errors=True) as new:
+                make(Path(new))
+                with contextlib.suppress(OSError):  # another run was faster
+                    os.rename(new, folder)
+        return folder
+
+    return get
 
 
 @pytest.fixture(autouse=True)
