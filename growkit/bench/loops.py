@@ -243,7 +243,7 @@ def job(loop, cls):
 
 
 def spawn(jobs, world, seconds=300):
-    """Run jobs one after another on `world` gloo processes of one thread each: {job: results in the order of ranks}.
+    """Run jobs one after another on `world` gloo processes of one thread each; of each, the results of all ranks.
 
     jobs: tuples (file, function, *arguments): `function(rank, world, *arguments)` of the module in that file. An error
     takes the place of a result. All jobs share one start of the processes, which costs more than they do.
@@ -260,7 +260,7 @@ def spawn(jobs, world, seconds=300):
             for process in started:
                 process.kill()
         found = [torch.load(f"{folder}/{rank}", weights_only=False) for rank in range(world)]
-    return {job: [results[i] for results in found] for i, job in enumerate(jobs)}
+    return [list(results) for results in zip(*found, strict=True)]
 
 
 def _work():
@@ -303,11 +303,11 @@ def compare(loops, seconds=600):
     """[(loop, processes, largest difference from the plain loop, or the error in words)], for each of `loops`."""
     rows = []
     for world in sorted({n for loop in loops for n in loop.processes}):
-        chosen = [each for each in loops if world in each.processes]
-        results = spawn([job(each, cls) for each in chosen for cls in each.classes], world, seconds)
-        for each in chosen:
-            found = [(cls, result) for cls in each.classes for result in results[job(each, cls)]]
-            rows.append((each, world, _worst(found)))
+        cases = [(each, cls) for each in loops if world in each.processes for cls in each.classes]
+        found = {}
+        for (each, cls), results in zip(cases, spawn([job(*case) for case in cases], world, seconds), strict=True):
+            found.setdefault(each, []).extend((cls, result) for result in results)
+        rows += [(each, world, _worst(results)) for each, results in found.items()]
     return rows
 
 

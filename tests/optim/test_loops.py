@@ -13,10 +13,11 @@ NAMES = [f"{each.name}-{cls.__name__}-{world}" for each, cls, world in CASES]
 @functools.cache
 def results(world):
     """All loops on so many processes, which are started once."""
-    return loops.spawn([loops.job(each, cls) for each, cls, n in CASES if n == world], world)
+    cases = [case for case in CASES if case[2] == world]
+    return dict(zip(cases, loops.spawn([loops.job(each, cls) for each, cls, _ in cases], world), strict=True))
 
 
 @pytest.mark.parametrize("loop, cls, world", CASES, ids=NAMES)
 def test_a_loop_is_the_plain_loop(loop, cls, world):
-    for found in results(world)[loops.job(loop, cls)]:
+    for found in results(world)[loop, cls, world]:
         assert loops.difference(found, loops.plain(cls)) < loops.TOLERANCE

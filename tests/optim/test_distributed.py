@@ -1,0 +1,298 @@
+"""Shards, reductions, refusals and checkpoints of several processes, against one process."""
+
+import functools
+import warnings
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from growkit.bench import loops
+from growkit.optim import SophiaG, SophiaH
+
+# --- what runs on the processes ---
+
+
+def sharded(world, tensors, dim=0):
+    """Copies of tensors as DTensors, cut along one dimension."""
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh = dist.init_device_mesh("cpu", (world,))
+    return [distribute_tensor(t, mesh, [Shard(dim)]) for t in tensors]
+
+
+def drive(cls, dtype, options, shard=None):
+    """Six steps with two refreshes by hand, from fixed gradients; `shard` makes DTensors of lists of tensors."""
+    make = torch.Generator().manual_seed(1)
+    shapes = ((5, 3), (2,), (4, 2, 3), (7,))
+    shard = shard or (lambda tensors: tensors)
+    ps = [nn.Parameter(p) for p in shard([torch.randn(s, generator=make).to(dtype) for s in shapes])]
+    optimizer = cls(ps, 1e-2, rho=30.0, **({"bs": 1} if cls is SophiaG else {}), **options)
+    for step in range(6):
+        for p, g in zip(ps, shard([torch.randn(s, generator=make).to(dtype) for s in shapes]), strict=True):
+            p.grad = g
+        optimizer.step()
+        if step % 3 == 0:
+            optimizer.update_hessian()
+    values = [loops.whole(p) for p in ps]
+    for p in ps:
+        values += [
+            loops.whole(optimizer.state[p][k]) for k in ("exp_avg", "hessian", "master") if k in optimizer.state[p]
+        ]
+    return values, optimizer.stats()
+
+
+def driven(rank, world, cls, dtype, options):
+    return drive(cls, dtype, options, functools.partial(sharded, world))
+
+
+KINDS = {
+    "float32": (torch.float32, {}),
+    "bfloat16, rounded stochastically": (torch.bfloat16, {}),
+    "bfloat16 with masters": (torch.bfloat16, {"bf16_update": "master"}),
+    "bfloat16 state": (torch.float32, {"state_dtype": torch.bfloat16}),
+    "complex64": (torch.complex64, {}),
+    "clipped": (torch.float32, {"clip_grad_norm": 0.1}),
+}
+
+
+def in_columns(rank, world, dtype):
+    """A step on shards that are no run of the whole."""
+    whole = torch.arange(12.0).view(2, 6).to(dtype)
+    p, g = (nn.Parameter(t) for t in sharded(world, [whole, whole], dim=1))
+    p.grad = g.detach()
+    optimizer = SophiaG([p], 1e-2)
+    try:
+        optimizer.step()
+    except RuntimeError as error:
+        return str(error), torch.equal(loops.whole(p), whole), len(optimizer.state)
+    return loops.whole(p)
+
+
+def messages(*attempts):
+    """The errors of calls, in words."""
+    found = []
+    for attempt in attempts:
+        try:
+            found.append(f"{attempt()}")
+        except Exception as error:
+            found.append(f"{type(error).__name__}: {error}")
+    return found
+
+
+def refused(rank, world):
+    """Ways of spreading a model that attach() does not know."""
+    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+    def tensor_parallel():
+        model = parallelize_module(
+            loops.new_model(), dist.init_device_mesh("cpu", (world,)), {"head": ColwiseParallel()}
+        )
+        SophiaG(model.parameters()).attach(model)
+
+    def flattened():
+        model = FullyShardedDataParallel(loops.new_model(), device_id=torch.device("cpu"))
+        SophiaG(model.parameters()).attach(model)
+
+    def part_of_sharded():
+        model = loops.new_model()
+        fully_shard(model)
+        SophiaG(model.parameters()).attach(model.blocks)
+
+    return messages(tensor_parallel, flattened, part_of_sharded)
+
+
+def refreshed(model, optimizer, batch, **options):
+    optimizer.refresh(model, [batch], **options)
+    return [loops.whole(optimizer.state[p]["hessian"]) for p in model.parameters()]
+
+
+def replicas_differ(rank, world):
+    """Experts and stages of one's own, or nothing that ties the processes' models together."""
+    model = loops.new_model()
+    with torch.no_grad():
+        model.head.weight += rank
+    batch = loops.batches(0, rank, world)[0]
+    fewer = nn.Linear(3, 4, bias=rank > 0).double()
+    return messages(
+        lambda: refreshed(model, SophiaG(model.parameters()), batch),
+        lambda: SophiaG(fewer.parameters()).refresh(fewer, [torch.ones(2, 3, dtype=torch.float64)]),
+    )
+
+
+def one_process_fails(rank, world):
+    """An error of process 1 alone stops all, changes nothing, and what follows is as if it had not been."""
+    model = loops.new_model()
+    optimizer = SophiaG(model.parameters(), **loops.SETTINGS[SophiaG])
+    batch = loops.batches(0, rank, world)[0]
+    wrong = {"mask": lambda args, kwargs: torch.ones(3, dtype=torch.bool)} if rank == 1 else {}
+    error = messages(lambda: refreshed(model, optimizer, batch, **wrong))[0]
+    return error, optimizer.stats()["refreshes"], refreshed(model, optimizer, batch)
+
+
+def unequal_batches(rank, world):
+    model = loops.new_model()
+    optimizer = SophiaG(model.parameters())
+    batches = loops.batches(0, rank, world)
+    return messages(lambda: optimizer.refresh(model, batches[: 1 + (rank == 0)]))[0]
+
+
+def two_batches(rank, world, cls):
+    """refresh() on a list: labels of each batch are keyed by the rows of all processes' batches."""
+    model = loops.fsdp2_model() if world > 1 else loops.new_model()
+    optimizer = cls(model.parameters(), **loops.SETTINGS[cls])
+    optimizer.refresh(model, loops.batches(0, rank, world))
+    return loops.result(model, optimizer) | {"metrics": torch.tensor(optimizer.metrics()["refresh_grad_norm"])}
+
+
+def collectives(rank, world):
+    """{what: small reductions that it takes}."""
+    counts = {}
+    model = loops.fsdp2_model()
+    optimizer = SophiaG(model.parameters())
+    clipping = SophiaG(model.parameters(), clip_grad_norm=1.0)
+    batch = loops.batches(0, rank, world)[0]
+    reduce, taken = dist.all_reduce, []
+    optimizer.refresh(model, [batch])  # the first one compares the processes' parameters
+    model(**batch).loss.backward()
+    dist.all_reduce = lambda *args, **kwargs: (taken.append(1), reduce(*args, **kwargs))[1]
+    try:
+        for name, call in (
+            ("step", optimizer.step),
+            ("step that clips", clipping.step),
+            ("refresh", lambda: optimizer.refresh(model, [batch])),
+        ):
+            taken.clear()
+            call()
+            counts[name] = len(taken)
+    finally:
+        dist.all_reduce = reduce
+    return counts
+
+
+def warned(rank, world):
+    """(messages of a refresh that is skipped on process 1 alone, stats)."""
+    model = nn.Linear(3, 4)
+    ddp = nn.parallel.DistributedDataParallel(model)
+    optimizer = SophiaG(ddp.parameters())
+    x = torch.full((2, 3), float("nan") if rank == 1 else 1.0)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            optimizer.refresh(ddp, [x])
+    return [str(w.message) for w in caught if "skipped a curvature" in str(w.message)], optimizer.stats()
+
+
+JOBS = {
+    2: [
+        *(("driven", cls, *kind) for cls in (SophiaG, SophiaH) for kind in KINDS.values()),
+        *(("in_columns", dtype) for dtype in (torch.float32, torch.bfloat16)),
+        ("refused",), ("replicas_differ",), ("one_process_fails",), ("unequal_batches",), ("collectives",), ("warned",),
+        *(("two_batches", cls) for cls in (SophiaG, SophiaH)),
+    ],
+    3: [("driven", SophiaG, torch.bfloat16, {}), ("two_batches", SophiaG)],
+}  # fmt: skip
+
+
+# --- what they must give ---
+
+
+@functools.cache
+def found(world):
+    return loops.spawn([(__file__, *job) for job in JOBS[world]], world)
+
+
+def result(world, *job):
+    """What the processes returned, in the order of ranks; an error is raised here."""
+    results = found(world)[JOBS[world].index(job)]
+    for each in results:
+        if isinstance(each, Exception):
+            raise each
+    return results
+
+
+DRIVEN = [
+    pytest.param(world, cls, kind, id=f"{cls.__name__}-{kind}-{world}")
+    for world in JOBS
+    for cls in (SophiaG, SophiaH)
+    for kind in KINDS
+    if ("driven", cls, *KINDS[kind]) in JOBS[world]
+]
+
+
+@pytest.mark.parametrize("world, cls, kind", DRIVEN)
+def test_a_shard_gets_the_bits_of_the_whole(world, cls, kind):
+    dtype, options = KINDS[kind]
+    expected, stats = drive(cls, dtype, options)
+    for values, own in result(world, "driven", cls, dtype, options):
+        assert len(values) == len(expected)
+        for value, e in zip(values, expected, strict=True):
+            if kind == "clipped":  # by a norm that is summed in another order
+                torch.testing.assert_close(value, e, rtol=1e-6, atol=1e-8)
+            else:
+                assert torch.equal(value, e)
+        assert own == stats
+
+
+def test_shards_that_are_no_run_are_right_or_refused_before_anything_moves():
+    whole = torch.arange(12.0).view(2, 6)
+    plain = nn.Parameter(whole.clone())
+    plain.grad = whole.clone()
+    SophiaG([plain], 1e-2).step()
+    assert all(torch.equal(p, plain) for p in result(2, "in_columns", torch.float32))
+    for message, unchanged, states in result(2, "in_columns", torch.bfloat16):
+        assert "parameter 0 is a DTensor (Shard(dim=1),)" in message and "expected Shard(0)" in message
+        assert unchanged and states == 0
+
+
+def test_what_cannot_be_seen_is_refused_at_attach():
+    for tensor_parallel, flattened, part in result(2, "refused"):
+        assert "parameter head.weight is a DTensor (Shard(dim=0),)" in tensor_parallel
+        assert "parallelize_module" in tensor_parallel
+        assert "FSDP1 (FullyShardedDataParallel)" in flattened and "fully_shard" in flattened
+        assert "attach to the module that was given to fully_shard" in part
+
+
+def test_models_that_are_no_copies_of_one_are_refused():
+    for values, numbers in result(2, "replicas_differ"):
+        assert "not the same on all processes" in values and "[" in values
+        assert "parameters here, but" in numbers
+
+
+def test_an_error_in_one_process_stops_all_and_changes_nothing():
+    model = loops.new_model()
+    optimizer = SophiaG(model.parameters(), **loops.SETTINGS[SophiaG])
+    expected = refreshed(model, optimizer, loops.batches(0, 0, 1)[0])
+    messages = []
+    for message, refreshes, h in result(2, "one_process_fails"):
+        messages.append(message)
+        assert refreshes == 0
+        for value, e in zip(h, expected, strict=True):
+            torch.testing.assert_close(value, e, rtol=1e-10, atol=0)
+    assert "process 1 raised an error" in messages[0]
+    assert "the mask of labels has shape (3,)" in messages[1]
+
+
+def test_unequal_numbers_of_batches_are_an_error_everywhere():
+    for message in result(2, "unequal_batches"):
+        assert "processes have [2, 1] batches left" in message
+
+
+@pytest.mark.parametrize("world, cls", [(2, SophiaG), (2, SophiaH), (3, SophiaG)])
+def test_a_refresh_on_several_batches_is_that_of_one_process(world, cls):
+    expected = two_batches(0, 1, cls)
+    for each in result(world, "two_batches", cls):
+        assert loops.difference(each, expected) < loops.TOLERANCE
+
+
+def test_a_step_waits_for_nobody_and_a_refresh_takes_two_small_reductions():
+    for counts in result(2, "collectives"):
+        assert counts == {"step": 0, "step that clips": 1, "refresh": 2}
+
+
+def test_a_refresh_is_skipped_by_all_and_told_by_one():
+    (told, stats), (silent, other) = result(2, "warned")
+    assert len(told) == 1 and not silent
+    assert stats == other and stats["skipped"] == 2
