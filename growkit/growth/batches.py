@@ -74,7 +74,7 @@ def label_count(model: nn.Module, inputs: Mapping[str, Any]) -> int:
     return int((labels != IGNORED).sum()) if not labels.is_floating_point() else labels.numel()
 
 
-def taken(batches: Any, count: int, accumulate: int) -> Iterator[Any]:
+def taken(batches: Any, count: int) -> Iterator[Any]:
     """The batches of one fit after another; ValueError where their number is known and too small, or they run out."""
     try:
         known = len(batches)

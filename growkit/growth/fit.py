@@ -5,9 +5,12 @@ from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import distributed, nn
 
-from growkit.growth.batches import inputs_of, label_count, taken
+from growkit.growth.batches import IGNORED, inputs_of, is_causal, label_count, taken
+from growkit.optim import SophiaG
+
+_REFRESH_EVERY = 10  # steps, of SophiaG's curvature
 
 
 def fit(
@@ -38,7 +41,10 @@ def fit(
     state: a dict that this fills after each step. Saved together with `state_dict()` and given again, with the same
         arguments and batches, it goes on where it stopped.
 
-    Dropout, masks and sampled labels are drawn from `seed`. FloatingPointError where a loss or its gradient is not
+    optimizer: "sophiag" refreshes its curvature every 10 steps by labels sampled from the logits, and takes no loss=.
+
+    Where torch.distributed is set up, every rank gives batches of its own and all take the same step. Dropout, masks
+    and sampled labels are drawn from `seed`. FloatingPointError where a loss or its gradient is not
     finite, ValueError where batches run out; the operator is then as before that step, or as before the fit.
     """
     if steps < 1 or accumulate < 1:
@@ -47,8 +53,17 @@ def fit(
         raise ValueError(f"lr, warmup: got {lr}, {warmup}, expected lr > 0 and warmup within [0, 1]")
     if not 0 < mask_rate <= 1:
         raise ValueError(f"mask_rate: got {mask_rate}, expected it within (0, 1]")
-    feed = taken(batches, steps * accumulate, accumulate)
-    update = _optimizer(optimizer, self.parameters(), lr)
+    if optimizer not in ("adamw", "sophiag"):
+        raise ValueError(f"optimizer: got {optimizer!r}, expected 'adamw' or 'sophiag'")
+    if optimizer == "sophiag" and loss is not None:
+        raise ValueError(
+            "loss: with optimizer='sophiag' expected None, as labels are sampled from the model's own logits"
+        )
+    feed = taken(batches, steps * accumulate)
+    if optimizer == "adamw":
+        update = torch.optim.AdamW(self.parameters(), lr=lr, weight_decay=0.0)
+    else:
+        update = SophiaG(self.parameters(), lr=lr, weight_decay=0.0, bs=1)
     rise = max(1, math.ceil(warmup * steps))
     schedule = torch.optim.lr_scheduler.LambdaLR(
         update, lambda step: min(1.0, (step + 1) / rise, (steps - step) / max(1, steps - rise))
@@ -59,8 +74,7 @@ def fit(
         update.load_state_dict(state["optimizer"])
         schedule.load_state_dict(state["schedule"])
     before = {name: value.clone() for name, value in self.state_dict().items()}, dict(state)
-    model = self.skeleton().train(self.training)
-    run = _Step(self, model, loss, mask_token, mask_rate)
+    run = _Step(self, loss, mask_token, mask_rate)
     for _ in range(len(losses) * accumulate):
         next(feed)
     for step in range(len(losses), steps):
@@ -72,7 +86,8 @@ def fit(
             state.update(before[1])
             raise
         try:
-            losses.append(run(micro, step))
+            refresh = update if optimizer == "sophiag" and step % _REFRESH_EVERY == 0 else None
+            losses.append(run(micro, step, refresh))
             update.step()
         finally:
             update.zero_grad()
@@ -83,66 +98,99 @@ def fit(
     return losses
 
 
-def _optimizer(name, parameters, lr):
-    if name == "adamw":
-        return torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
-    raise ValueError(f"optimizer: got {name!r}, expected 'adamw' or 'sophiag'")
-
-
 class _Step:
     """Gradients of one step: expand once, run the micro-batches through the large model, back into the operators."""
 
-    def __init__(self, operator, model, loss, mask_token, mask_rate):
-        self.operator, self.model, self.loss = operator, model, loss
-        self.masks = (mask_token, mask_rate)
-        self.parameters = dict(model.named_parameters())
-        self.devices = [model.device] if model.device.type == "cuda" else []
+    def __init__(self, operator, loss, mask_token, mask_rate):
+        self.operator, self.loss, self.masks = operator, loss, (mask_token, mask_rate)
+        self.model = operator.skeleton().train(operator.training)
+        self.parameters = dict(self.model.named_parameters())
+        device = next(self.model.parameters()).device
+        self.devices = [device] if device.type == "cuda" else []
+        together = distributed.is_available() and distributed.is_initialized()
+        self.rank, self.ranks = (distributed.get_rank(), distributed.get_world_size()) if together else (0, 1)
 
-    def __call__(self, batches, step):
+    def __call__(self, batches, step, refresh=None):
+        """The loss; refresh: an optimizer whose curvature is due."""
         weights = self.operator.expand()
         for name, parameter in self.parameters.items():  # leaves: the graph of the model ends here
             parameter.data = weights[name].detach().to(parameter.dtype)
             parameter.grad = None
-        seeds = range(self.operator.seed + step * len(batches), self.operator.seed + (step + 1) * len(batches))
+        seeds = [
+            self.operator.seed + (step * len(batches) + micro) * self.ranks + self.rank for micro in range(len(batches))
+        ]
+        counts = [None] * len(batches)
         if self.loss is None:
-            batches = [
-                inputs_of(self.model, batch, *self.masks, seed) for batch, seed in zip(batches, seeds, strict=True)
-            ]
+            batches = [inputs_of(self.model, batch, *self.masks, s) for batch, s in zip(batches, seeds, strict=True)]
             counts = [label_count(self.model, batch) for batch in batches]
-        else:
-            counts = [None] * len(batches)
-        return self._backward(batches, counts, seeds, step, weights)
-
-    def _backward(self, batches, counts, seeds, step, weights):
-        values, total = [], 0.0
-        if counts[0] is not None and not sum(counts):
+        if refresh:
+            total, number = self._accumulate([_sampled_loss(self.model, batches[0], seeds[0], self.devices)])
+            self._into_operators(weights, number, more=True)
+            for p in self.operator.parameters():
+                p.grad *= math.sqrt(number)  # h is in units of N * g^2
+            refresh.update_hessian()
+            refresh.zero_grad()
+            for parameter in self.parameters.values():
+                parameter.grad = None
+        micro = (self._loss(*each) for each in zip(batches, counts, seeds, strict=True) if each[1] != 0)
+        total, number = self._accumulate(micro)
+        if not number:
             raise FloatingPointError(f"loss: the batches of step {step} have no label that it could be the mean of")
-        for batch, count, seed in zip(batches, counts, seeds, strict=True):
-            if count == 0:
-                continue
-            with torch.random.fork_rng(self.devices):
-                torch.manual_seed(seed)
-                value, count = self._loss(batch, count)
-                if not bool(value.isfinite()):
-                    raise FloatingPointError(f"loss: got {float(value)} in step {step}; the operator is as before it")
-                (value * count).backward()
-            values.append(value.detach() * count)
-            total += count
-        grown = [n for n, p in self.parameters.items() if p.grad is not None and weights[n].requires_grad]
-        torch.autograd.backward(
-            [weights[name] for name in grown],
-            [(self.parameters[name].grad / total).to(weights[name].dtype) for name in grown],
-        )
+        if not math.isfinite(total):
+            raise FloatingPointError(f"loss: got {total} in step {step}; the operator is as before it")
+        self._into_operators(weights, number)
         norm = nn.utils.clip_grad_norm_(self.operator.parameters(), 1.0)
         if not bool(norm.isfinite()):
             raise FloatingPointError(f"loss: its gradient is not finite in step {step}; the operator is as before it")
-        return float(sum(values) / total)
+        return total / number
 
-    def _loss(self, batch, count):
-        if self.loss is not None:
-            value = self.loss(self.model, batch)
-            return value if isinstance(value, tuple) else (value, 1)
-        value = self.model(**batch).loss
+    def _accumulate(self, losses):
+        """Gradients of the sum over labels of mean losses, (loss, labels); the sum and the labels, over all ranks."""
+        total = torch.zeros(2, dtype=torch.float64)
+        for value, count in losses:
+            (value * count).backward()
+            total += torch.tensor([float(value.detach()) * count, count], dtype=torch.float64)
+        if self.ranks > 1:
+            total = total.to(self.devices[0] if self.devices else "cpu")
+            distributed.all_reduce(total)
+        return total.tolist()
+
+    def _into_operators(self, weights, number, more=False):
+        """Gradients of the operators from those of the model, divided by the number of labels."""
+        grown = [n for n, p in self.parameters.items() if p.grad is not None and weights[n].requires_grad]
+        torch.autograd.backward(
+            [weights[name] for name in grown],
+            [(self.parameters[name].grad / number).to(weights[name].dtype) for name in grown],
+            retain_graph=more,
+        )
+        for p in self.operator.parameters():
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            if self.ranks > 1:
+                distributed.all_reduce(p.grad)
+
+    def _loss(self, batch, count, seed):
+        """A micro-batch's loss and the number of labels it is the mean of."""
+        with torch.random.fork_rng(self.devices):
+            torch.manual_seed(seed)
+            if self.loss is not None:
+                value = self.loss(self.model, batch)
+                return value if isinstance(value, tuple) else (value, 1)
+            value = self.model(**batch).loss
         if value is None:
             raise ValueError("batches: the model returned no loss; expected 'labels' in every batch, or pass loss=")
         return value, count
+
+
+def _sampled_loss(model, inputs, seed, devices):
+    """Mean cross-entropy of labels drawn from the model itself where the batch has labels (Gauss-Newton-Bartlett)."""
+    labels = inputs.get("labels")
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        logits = model(**inputs).logits
+        if labels is None or labels.is_floating_point() or labels.shape != logits.shape[:-1]:
+            raise ValueError("optimizer: 'sophiag' expected one integer label per row of logits; use 'adamw'")
+        if is_causal(model):
+            logits, labels = logits[:, :-1], labels[:, 1:]
+        z = logits[labels != IGNORED].float()
+        sampled = torch.multinomial(z.detach().softmax(-1), 1).squeeze(-1)
+    return nn.functional.cross_entropy(z, sampled), len(z)

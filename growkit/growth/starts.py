@@ -92,9 +92,10 @@ def obstacles(growth: Growth, tolerance: float) -> list[str]:
     family, small, big, start, config, _ = growth
     fields, found = {name: size.field for name, size in family.fields().items()}, []
     if start.width == "none":
-        for name, field in fields.items():
-            if name != "layers" and big[name] != small[name]:
-                found.append(f"{field}: this start grows in depth only: got {big[name]}, nearest {small[name]}")
+        widths = {field: (small[name], big[name]) for name, field in fields.items() if name not in family.tables}
+        for field, (old, new) in widths.items():
+            if field != fields["layers"] and new != old:
+                found.append(f"{field}: this start grows in depth only: got {new}, nearest {old}")
     if growth.copied and big["residual"] % small["residual"]:
         nearest = max(1, round(growth.ratio)) * small["residual"]
         why = "a post-LN model" if family.residual.post_norm else "growth by copies"
@@ -267,7 +268,7 @@ def _layered_scale(growth, index, shares):
     skips = torch.tensor([t > 0 and source[t - 1] == s for t, s in enumerate(source)])
     if not skips.any():
         return _scale(shares)
-    return torch.where(skips[:, None], shares - 1 / torch.bincount(index)[index], shares)
+    return torch.where(skips[:, None], shares - 1 / torch.bincount(index)[index].to(shares.dtype), shares)
 
 
 def _hidden(growth, space, layers, layered, random):
@@ -376,7 +377,7 @@ def _attention(growth, layers, random):
             if not rotary:
                 return _top(torch.kron(P[old:], torch.eye(d1, dtype=P.dtype)).expand(*layers, -1, -1).clone(), scale)
             C = P[old:].expand(*layers, -1, -1).clone()
-            return HeadTop(C, d1, scale) if len(placed) > old else _top(torch.empty(0, old * d1), scale)
+            return HeadTop(C, d1, scale) if len(placed) > old else _top(P.new_empty(0, old * d1), scale)
         if d1 == d2:
             return HeadStructured(P.expand(*layers, -1, -1).clone(), d1, scale)
         return HeadStructured(*(M.expand(*layers, -1, -1).clone() for M in (P, R)), scale)

@@ -72,6 +72,11 @@ def grown_config(
         for name, value in _fields(config).items():
             if _per_layer(value, small["layers"]) and big["layers"] != small["layers"]:
                 setattr(grown, name, [value[layer] for layer in source])
+    if hasattr(grown, "validate"):
+        try:
+            grown.validate()
+        except Exception as error:  # of transformers or huggingface_hub, whose class is not a public name
+            raise ValueError(f"big_config: {error.__cause__ or error}") from error
     return small, big, grown
 
 

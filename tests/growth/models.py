@@ -37,9 +37,10 @@ def _llama(config, hidden, heads, layers, ffn, kv=None, **options):
     )  # fmt: skip
 
 
+bert = functools.partial(_encoder, transformers.BertConfig)
 CONFIGS = {
     "gpt2": gpt2,
-    "bert": functools.partial(_encoder, transformers.BertConfig),
+    "bert": bert,
     "roberta": functools.partial(_encoder, transformers.RobertaConfig),
     "vit": functools.partial(_vision, transformers.ViTConfig),
     "deit": functools.partial(_vision, transformers.DeiTConfig),
@@ -55,12 +56,28 @@ FIRST = {
 }  # fmt: skip
 
 
-def model(name, config, dtype=torch.float64):
+def model(config, dtype=torch.float64, name=None):
     """A model of this class in eval mode whose every parameter is random, biases and norms included."""
     torch.manual_seed(0)
-    made = getattr(transformers, name)(config).to(dtype).eval()
+    made = getattr(transformers, name or FIRST[config.model_type])(config).to(dtype).eval()
     with torch.no_grad():
         for leaf, p in made.named_parameters():
             norm = leaf.endswith("weight") and p.ndim == 1
             p.copy_(torch.randn_like(p) * (0.3 if p.ndim == 1 else p.shape[-1] ** -0.5) + norm)
     return made
+
+
+def batches(count):
+    """Counting up from a random token: easy to learn."""
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(count):
+        start = torch.randint(VOCABULARY, (4, 1), generator=generator)
+        yield (start + torch.arange(16)) % VOCABULARY
+
+
+@torch.no_grad()
+def change(small, big):
+    """max |logit change| / max |logit|"""
+    tokens = torch.randint(VOCABULARY, (3, POSITIONS), generator=torch.Generator().manual_seed(2))
+    old, new = small.eval()(tokens).logits, big.eval()(tokens).logits
+    return float((new - old).abs().max() / old.abs().max())

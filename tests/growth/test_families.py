@@ -1,6 +1,11 @@
 """Every family, with every head class: lossless growth of width, depth, heads and MLP at once; what is carried over."""
 
+import math
+
 import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 
 from growkit import LiGO
 
@@ -22,7 +27,7 @@ CLASSES = [*FIRST.items(), *((family, head) for family, heads in HEADS.items() f
 @pytest.mark.parametrize(("family", "head"), CLASSES, ids=[head for _, head in CLASSES])
 def test_lossless_growth_in_every_direction(family, head):
     post = family in ("bert", "roberta")
-    small = model(head, CONFIGS[family](24, 3, 2, 50))
+    small = model(CONFIGS[family](24, 3, 2, 50), name=head)
     big = CONFIGS[family](48 if post else 40, 6 if post else 5, 3, 77)
     operator = LiGO(small, big)
     tolerance = 1e-5 if hasattr(big, "rms_norm_eps") else 1e-12  # transformers' RMSNorm computes in float32
@@ -43,7 +48,7 @@ class _Read(dict):
 
 @pytest.mark.parametrize(("family", "start"), [("gpt2", "lossless"), ("llama", "official"), ("bert", "lemon")])
 def test_weights_are_read_one_module_type_at_a_time_and_grown_one_by_one(family, start):
-    small = model(FIRST[family], CONFIGS[family](24, 3, 2, 50))
+    small = model(CONFIGS[family](24, 3, 2, 50))
     big = CONFIGS[family](48, 6, 3, 77)
     expected = dict(LiGO(small, big, start=start).grow().named_parameters())
     small.config.architectures = [FIRST[family]]
@@ -57,3 +62,58 @@ def test_weights_are_read_one_module_type_at_a_time_and_grown_one_by_one(family,
     assert list(grown) == [name for row in operator.rows for name in row.names] and grown.keys() == expected.keys()
     for name, value in grown.items():
         assert (value - expected[name]).abs().max() < 1e-12, name
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_grouped_heads_of_any_number_and_any_width_keep_the_function(data):
+    """Groups stay, are joined by new queries, or are cut in several; heads grow by their rotary frequencies."""
+    kv, group, dim = (data.draw(st.integers(1, 3)) for _ in range(3))
+    kv2, group2, times = (data.draw(st.integers(1, 5)) for _ in range(3))
+    dim, dim2 = 4 * dim, 4 * dim * min(times, 2)
+    big_kv = max(kv2, kv)
+    heads, big_heads = kv * group, big_kv * group2
+    assume(big_heads >= heads)
+    tied = data.draw(st.booleans())
+    options = {"tie_word_embeddings": tied}
+    width, big_width = 12 * heads, 12 * heads * big_heads // math.gcd(heads, big_heads)
+    small = model(CONFIGS["llama"](width, heads, 2, 9, kv, head_dim=dim, **options))
+    big = CONFIGS["llama"](big_width, big_heads, 3, 20, big_kv, head_dim=dim2, **options)
+    start = data.draw(st.sampled_from(["lossless", "lemon", "hypercloning"]))
+    if kv * -(-group // group2) > big_kv:
+        with pytest.raises(ValueError, match="num_key_value_heads: .* groups of"):
+            LiGO(small, big, start=start)
+    else:
+        assert LiGO(small, big, start=start).check() < 1e-5
+
+
+def test_new_tokens_and_positions_leave_the_old_ones_alone():
+    for family in ("gpt2", "bert", "llama"):
+        config = CONFIGS[family](24, 3, 2, 50)
+        positions = "n_positions" if family == "gpt2" else "max_position_embeddings"
+        operator = LiGO(model(config), {"vocab_size": 70, positions: 40})
+        assert operator.check() < 1e-5 and operator.config.vocab_size == 70
+        logits = operator.grow()(torch.arange(40)[None]).logits  # a new token's logit is the mean of the old ones
+        torch.testing.assert_close(logits[..., 61], logits[..., :61].mean(-1))
+
+
+def test_what_is_not_a_size_is_the_small_models():
+    small = model(CONFIGS["qwen2"](24, 3, 2, 50, use_sliding_window=True, sliding_window=4, max_window_layers=1))
+    assert small.config.layer_types == ["full_attention", "sliding_attention"]
+    small.config.id2label = {0: "a", 1: "b"}
+    small.generation_config.eos_token_id = [7, 9]
+    small.model.rotary_emb.inv_freq *= 2
+    config = CONFIGS["qwen2"](24, 3, 4, 50, bos_token_id=None, eos_token_id=None)
+    operator = LiGO(small, config)
+    grown = operator.grow()
+    assert grown.config.layer_types == ["full_attention"] * 2 + ["sliding_attention"] * 2
+    assert (grown.config.sliding_window, grown.config.eos_token_id, grown.config.id2label[1]) == (4, 0, "b")
+    assert grown.generation_config.eos_token_id == [7, 9]
+    assert grown.model.rotary_emb.inv_freq.equal(small.model.rotary_emb.inv_freq)
+    assert operator.check() == 0
+
+
+def test_sizes_alone_keep_the_size_of_heads():
+    operator = LiGO(model(CONFIGS["mistral"](24, 3, 2, 50, head_dim=4)), {"hidden_size": 48, "num_attention_heads": 6})
+    assert operator.config.head_dim == 4 and operator.config.num_key_value_heads == 3
+    assert operator.check() < 1e-5
