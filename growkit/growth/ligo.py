@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from growkit import ops
+from growkit.growth.check import TOLERANCE, output_change
 from growkit.growth.families import FAMILIES
 from growkit.growth.families.table import Family, match
 from growkit.growth.fit import fit
@@ -32,9 +33,6 @@ StartName = Literal[
     "zero_pad",
 ]
 Sharing = Literal["model", "target", "source"]
-
-# Relative change of an output that passes for none, by the dtype that the model computes in.
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 1e-1}
 
 
 class Flops(NamedTuple):
@@ -367,27 +365,11 @@ class LiGO(nn.Module):
         return model
 
     def check(self, inputs: Mapping[str, torch.Tensor] | torch.Tensor | None = None) -> float:
-        """max |output_big - output_small| / max |output_small| of the present operators, measured.
+        """`growth.check.output_change` of the present operators, on `inputs` or random ones from `seed`.
 
-        inputs: of the models; default random tokens or pixels from `seed`. All floating outputs are compared, the
-        largest change counts; of a base model's hidden states the small one's coordinates, of logits the old tokens.
         Builds both models.
         """
-        small, big = self.small_model(), self.grow()
-        if inputs is None:
-            inputs = self._random_inputs(small)
-        if isinstance(inputs, torch.Tensor):
-            inputs = {getattr(small, "main_input_name", "input_ids"): inputs}
-        inputs = {name: x.to(self._device) if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
-        with torch.no_grad():
-            old, new = (_outputs(model(**inputs)) for model in (small, big))
-        changes = []
-        for name, a in old.items():
-            b = new[name][tuple(slice(n) for n in a.shape)]
-            changes.append(float(((b - a).abs().max() / a.abs().max()).nan_to_num(float("inf"))))
-        if not changes:
-            raise ValueError("inputs: the model gave no floating point output to compare")
-        return max(changes)
+        return output_change(self.small_model(), self.grow(), inputs, self.seed)
 
     @property
     def exact(self) -> bool:
@@ -398,19 +380,6 @@ class LiGO(nn.Module):
             dtype = torch.float32 if self._rms and self._dtype == torch.float64 else self._dtype
             self._measured = present, self.check() <= TOLERANCE[dtype]
         return self._measured[1]
-
-    def _random_inputs(self, model):
-        generator = torch.Generator("cpu").manual_seed(self.seed)
-        name = getattr(model, "main_input_name", "input_ids")
-        if "vocabulary" in self._small and name == "input_ids":
-            length = min(64, self._small.get("positions", 64) - 2)  # RoBERTa's positions start at 2
-            return {name: torch.randint(self._small["vocabulary"], (1, length), generator=generator, device="cpu")}
-        if name == "pixel_values":
-            config, size = self.small_config, self.small_config.image_size
-            size = (size, size) if isinstance(size, int) else tuple(size)
-            shape = (2, config.num_channels, *size)
-            return {name: torch.randn(shape, generator=generator, dtype=self._dtype, device="cpu")}
-        raise ValueError(f"inputs: expected some, as random {name} cannot be made for {type(model).__name__}")
 
 
 def _layer(part, vectors, layer):
@@ -423,14 +392,6 @@ def _layer(part, vectors, layer):
         if part[name] is not None and part[name].ndim == 3:
             part[name] = part[name][layer : layer + 1]
     return ops.kron_expand(**part), vectors
-
-
-def _outputs(output):
-    """Floating point tensors of a model's output by name, hidden states and caches aside."""
-    if isinstance(output, torch.Tensor):
-        return {"output": output}
-    named = output.items() if isinstance(output, Mapping) else enumerate(output)
-    return {name: x for name, x in named if isinstance(x, torch.Tensor) and x.is_floating_point()}
 
 
 def _unwrapped(model):
