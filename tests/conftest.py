@@ -14,16 +14,16 @@ torch.set_num_threads(1)  # operations this small only lose time to threads that
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     for item in items:
         # What a whole module shares is made by one worker, once; every other test goes to whichever worker is free.
         shared = [d for found in item._fixtureinfo.name2fixturedefs.values() for d in found if d.scope == "module"]
         if shared:
             item.add_marker(pytest.mark.xdist_group(item.path.name))
-    if not torch.cuda.is_available():
-        for item in items:
-            if "gpu" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+        if "slow" in item.keywords and "slow" not in config.option.markexpr:
+            item.add_marker(pytest.mark.skip(reason="slow: run with -m slow"))
 
 
 @pytest.fixture(scope="session")

@@ -104,27 +104,35 @@ def class_of(config: Any) -> type:
     return made
 
 
-def _through_transformers(folder, config=None, gguf_file=None):
-    """Loaded whole, by transformers' own reading of the files; whatever it would pass over is an error."""
-    options = {"local_files_only": True, "output_loading_info": True, "weights_only": True}
+def load_whole(model_class: type, folder: Path, **options: Any):
+    """`model_class.from_pretrained(folder, **options)`, where everything that it would pass over is an error."""
+    name = folder / options.get("gguf_file", "")
+    shown = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
     try:
-        if gguf_file:
-            model, info = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf_file, **options)
-        else:
-            model, info = class_of(config).from_pretrained(folder, config=config, dtype="auto", **options)
-    except CheckpointError:
-        raise
+        model, info = model_class.from_pretrained(
+            folder, local_files_only=True, output_loading_info=True, weights_only=True, **options
+        )
     except Exception as error:  # transformers, torch and safetensors each raise their own for a broken file
-        raise CheckpointError(f"{folder / (gguf_file or '')}: {error}") from error
+        raise CheckpointError(f"{name}: {error}") from error
+    finally:
+        if shown:
+            transformers.utils.logging.enable_progress_bar()
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
         if info.get(problem):
-            what = problem.partition("_")[0]
-            raise CheckpointError(f"{folder}: {what}: {', '.join(map(str, sorted(info[problem])))}")
-    if gguf_file:  # its weights are plain numbers once read
-        model.config = type(model.config).from_dict(
+            raise CheckpointError(f"{name}: {problem}: {', '.join(map(str, sorted(info[problem])))}")
+    return model
+
+
+def _through_transformers(folder, config=None, gguf_file=None):
+    if gguf_file:
+        model = load_whole(transformers.AutoModelForCausalLM, folder, gguf_file=gguf_file)
+        model.config = type(model.config).from_dict(  # its weights are plain numbers once read
             {k: v for k, v in model.config.to_dict().items() if k != "quantization_config"}
         )
         model.config.architectures = [type(model).__name__]
+    else:
+        model = load_whole(class_of(config), folder, config=config, dtype="auto")
     return Checkpoint(folder, model.config, type(model), dict(model.named_parameters()), _companions(folder))
 
 

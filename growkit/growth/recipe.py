@@ -15,7 +15,6 @@ import transformers
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
-import growkit
 from growkit.growth.batches import is_causal, is_masked
 from growkit.growth.check import output_change
 from growkit.growth.checkpoint import (
@@ -264,7 +263,7 @@ def _card(plan, measured) -> ModelCard:
     learned = f"The map was then trained for {recipe.learn} steps on {recipe.data}.\n" if recipe.learn else ""
     return ModelCard(
         f"---\n{data.to_yaml()}\n---\n\n# {small}, grown\n\n"
-        f"Grown from {small} by growkit {growkit.__version__} (LiGO, arXiv:2303.00980, start: {recipe.start}).\n"
+        f"Grown from {small} by growkit {importlib.metadata.version('growkit')} (LiGO, arXiv:2303.00980, start: {recipe.start}).\n"
         f"{learned}"
         f"Change of the outputs, grown model against small one: {told}.\n\n"
         f"| | small | grown |\n|---|---|---|\n{rows}\n| parameters | {old:,} | {new:,} |\n\n"

@@ -1,17 +1,14 @@
 """The `growkit` command: its commands and options. torch is imported by the commands, not by their help."""
 
-import contextlib
 import importlib.metadata
 import importlib.util
-import math
 import platform
-import signal
-import tempfile
-from pathlib import Path
 
 import click
 
 import growkit
+from growkit.cli.growth import grow, inspect
+from growkit.cli.options import OUT_FILE, OUT_FOLDER, TEXT, AboveZero, Device, cuda, keyboard_interrupts
 
 # package, how to get it, what it is for
 OPTIONAL = (
@@ -24,63 +21,6 @@ DEMO_NEEDS = ("transformers", "matplotlib")
 KEYS = ("CPU", "CUDA")
 
 
-class Writable(click.Path):
-    """A name for a file, or for a folder, that can be written: tried out, and nothing is left behind."""
-
-    def convert(self, value, param, ctx):
-        path = Path(super().convert(value, param, ctx))
-        home = path.absolute() if self.dir_okay else path.absolute().parent
-        while self.dir_okay and not home.exists():
-            home = home.parent  # folders that are missing will be made
-        try:
-            tempfile.TemporaryFile(dir=home).close()
-        except OSError as error:
-            self.fail(f"got {str(path)!r}, which cannot be written: {home}: {error.strerror}", param, ctx)
-        return path
-
-
-class Device(click.Choice):
-    def __init__(self):
-        super().__init__(["auto", "cpu", "cuda"])
-
-    def convert(self, value, param, ctx):
-        device = super().convert(value, param, ctx)
-        if device == "cuda":
-            import torch
-
-            if not torch.cuda.is_available():
-                self.fail(f"got 'cuda', but {_cuda()}; expected auto or cpu", param, ctx)
-        return device
-
-
-class AboveZero(click.ParamType):
-    name = "NUMBER"
-
-    def convert(self, value, param, ctx):
-        try:
-            number = float(value)
-        except ValueError:
-            number = math.nan
-        if not 0 < number < math.inf:
-            self.fail(f"got {value!r}, expected a number above 0", param, ctx)
-        return number
-
-
-OUT_FOLDER = Writable(file_okay=False, path_type=Path)
-OUT_FILE = Writable(dir_okay=False, path_type=Path)
-TEXT = click.Path(exists=True, path_type=Path)
-
-
-@contextlib.contextmanager
-def keyboard_interrupts():
-    """In here Ctrl-C raises KeyboardInterrupt, for a command that has something to keep; elsewhere it just ends."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
 @click.group(
     help=growkit.__doc__,
     invoke_without_command=True,
@@ -91,6 +31,10 @@ def keyboard_interrupts():
 def command(context):
     if context.invoked_subcommand is None:
         click.echo(context.get_help())
+
+
+command.add_command(grow)
+command.add_command(inspect)
 
 
 @command.command()
@@ -178,7 +122,7 @@ def info(verbose):
     from growkit.kron import expand
 
     click.echo(f"growkit {growkit.__version__}, python {platform.python_version()}, torch {torch.__version__}")
-    click.echo(f"devices: cpu ({torch.get_num_threads()} threads); {_cuda()}")
+    click.echo(f"devices: cpu ({torch.get_num_threads()} threads); {cuda()}")
     click.echo(f"CUDA extension: {expand.extension}")
     names = sorted(name for name in torch._C._dispatch_get_all_op_names() if name.startswith("growkit::"))
     if verbose:
@@ -213,16 +157,6 @@ def _serves(op, key):
     if key != "CUDA" or module is None:
         return "reference"
     return f"growkit.kernels.{module}" if kernels.available else "reference (triton is missing)"
-
-
-def _cuda():
-    import torch
-
-    if torch.cuda.is_available():
-        return ", ".join(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
-    if torch.version.cuda is None:
-        return f"no cuda: this build of torch ({torch.__version__}) has none"
-    return f"no cuda: torch is built for CUDA {torch.version.cuda}, but sees no GPU or driver"
 
 
 def _version(package):
