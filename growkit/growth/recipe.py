@@ -260,10 +260,11 @@ def _card(plan, measured) -> ModelCard:
     old, new = plan.parameters
     change = measured.get("relative_output_change")
     told = "not measured" if change is None else f"{change:.2g} of the largest output, on random inputs"
+    version = importlib.metadata.version("growkit")
     learned = f"The map was then trained for {recipe.learn} steps on {recipe.data}.\n" if recipe.learn else ""
     return ModelCard(
         f"---\n{data.to_yaml()}\n---\n\n# {small}, grown\n\n"
-        f"Grown from {small} by growkit {importlib.metadata.version('growkit')} (LiGO, arXiv:2303.00980, start: {recipe.start}).\n"
+        f"Grown from {small} by growkit {version} (LiGO, arXiv:2303.00980, start: {recipe.start}).\n"
         f"{learned}"
         f"Change of the outputs, grown model against small one: {told}.\n\n"
         f"| | small | grown |\n|---|---|---|\n{rows}\n| parameters | {old:,} | {new:,} |\n\n"
