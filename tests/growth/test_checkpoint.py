@@ -27,7 +27,7 @@ SIZES = {"layers": 4, "hidden_size": 40, "heads": 5}
 
 @pytest.fixture(scope="module")
 def small():
-    made = model("GPT2LMHeadModel", CONFIGS["gpt2"](24, 3, 2, 50), torch.float32)
+    made = model(CONFIGS["gpt2"](24, 3, 2, 50), torch.float32)
     made.generation_config.eos_token_id = [7, 9]
     return made
 
