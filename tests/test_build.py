@@ -1,6 +1,7 @@
 """The CUDA extension as far as a machine without a GPU sees it: sources, setup.py, the compiled library, its plans."""
 
 import importlib.machinery
+import importlib.metadata
 import importlib.util
 import os
 import re
@@ -211,17 +212,33 @@ def test_kernels_run_on_the_host(tmp_path):
     assert int(run(tmp_path / "kernels_test", cwd=tmp_path).split()[0]) > 1_000_000
 
 
+def toolchain(*compilers):
+    """What a build depends on beside sources and flags, for the fixture `compiled`."""
+    told = [run(compiler, "--version", cwd=ROOT) for compiler in compilers]
+    read = {k: v for k, v in os.environ.items() if re.search("NVCC|CUDA|CPATH|INCLUDE|LIBRARY_PATH|GROWKIT|FLAGS", k)}
+    pybind11 = importlib.metadata.version("pybind11") if importlib.util.find_spec("pybind11") else None
+    return told, read, sys.version, sys.prefix, torch.__version__, torch.__file__, pybind11
+
+
 @pytest.fixture(scope="module")
-def built(tmp_path_factory):
+def built(compiled, tmp_path_factory):
     """setup.py's own build for sm_80, sm_90, sm_100 beside whatever torch is here: the library and what nvcc said."""
     source = checkout(tmp_path_factory.mktemp("cuda"))
-    said = run(
-        sys.executable, "setup.py", "build_ext", "--inplace", cwd=source, CUDA_HOME=str(nvcc_home()), MAX_JOBS="1",
-        GROWKIT_FORCE_CUDA="1", GROWKIT_SKIP_CUDA_BUILD="", TORCH_CUDA_ARCH_LIST="8.0;9.0;10.0",
-        NVCC_APPEND_FLAGS="-Xptxas -v", PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    environment = dict(
+        CUDA_HOME=str(nvcc_home()), MAX_JOBS="1", GROWKIT_FORCE_CUDA="1", GROWKIT_SKIP_CUDA_BUILD="",
+        TORCH_CUDA_ARCH_LIST="8.0;9.0;10.0", NVCC_APPEND_FLAGS="-Xptxas -v",
+        PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     )  # fmt: skip
-    (library,) = source.glob("growkit/_C*.so")
-    return library, said
+
+    def build(folder):
+        said = run(sys.executable, "setup.py", "build_ext", "--inplace", cwd=source, **environment)
+        (library,) = source.glob("growkit/_C*.so")
+        shutil.copy(library, folder)
+        (folder / "said.txt").write_text(said)
+
+    kept = compiled(build, SOURCE, ROOT / "setup.py", environment, toolchain(nvcc_home() / "bin/nvcc", "g++"))
+    (library,) = kept.glob("_C*.so")
+    return Path(shutil.copy(library, source / "growkit")), (kept / "said.txt").read_text()
 
 
 @pytest.fixture(scope="module")
