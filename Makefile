@@ -2,7 +2,7 @@
 #   ARGS='...'           passed on: make test ARGS='-k sophia', make demo ARGS='--steps-scale 0.05'
 #   PYTHON=python3.12    the Python that .venv is made with; naming another one than before makes .venv anew
 
-.PHONY: help bench demo test test-oldest lint wheel clean
+.PHONY: help bench demo test test-integrations test-oldest lint wheel clean
 
 # Named after the Python, so that another PYTHON is another stamp. PYTHON not given: any finished .venv will do.
 ifeq ($(origin PYTHON),undefined)
@@ -15,6 +15,7 @@ PYTHON ?= python3
 help:
 	@echo "make demo   train a small model, grow it, train on; CPU only, no download"
 	@echo "make test   run the CPU test-suite"
+	@echo "make test-integrations  the frameworks' loops, really installed, in a .venv of their own"
 	@echo "make test-oldest  the tests of optimizers and operators beside the oldest torch, in a .venv of its own"
 	@echo "make bench  measure the goals and compare with the saved run of the same hardware; minutes"
 	@echo "make lint   ruff: rules and format"
@@ -28,6 +29,10 @@ demo: $(INSTALLED)
 # (tests/conftest.py). Coverage is asked of the whole suite only: a selection would always miss the limit.
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 .venv/bin/pytest $(or $(ARGS),-n logical --maxprocesses 8 --dist loadgroup --cov)
+
+# A framework that is missing is an error here; make test skips what it lacks.
+test-integrations: .venv-integrations/.installed
+	OMP_NUM_THREADS=1 GROWKIT_ALL_INTEGRATIONS=1 .venv-integrations/bin/pytest tests/integrations $(ARGS)
 
 # Not part of .ci/run: on PyPI torch 2.10.0 for Linux comes with CUDA, 7 GB once installed. PyTorch's own index has it
 # without: PIP_INDEX_URL=https://download.pytorch.org/whl/cpu PIP_EXTRA_INDEX_URL=https://pypi.org/simple make test-oldest
@@ -60,12 +65,22 @@ $(INSTALLED): pyproject.toml setup.py Makefile
 	@.venv/bin/pip install --quiet --no-build-isolation -e '.[dev]'
 	@touch $@
 
+# litgpt and torchtitan name older versions of what Trainer needs; they work beside the newer ones.
+.venv-integrations/.installed: pyproject.toml setup.py Makefile
+	$(PYTHON) -m venv .venv-integrations
+	@.venv-integrations/bin/pip install --quiet torch==2.13.0
+	@.venv-integrations/bin/pip install --quiet 'setuptools>=77'
+	@GROWKIT_SKIP_CUDA_BUILD=1 .venv-integrations/bin/pip install --quiet --no-build-isolation -e '.[dev,integrations]'
+	@.venv-integrations/bin/pip install --quiet --no-deps litgpt==0.5.13 torchtitan==0.3.0 torch_checkpointing
+	@touch $@
+
+# numpy: what Triton 3.6, which this torch brings, interprets kernels with refuses newer ones.
 .venv-oldest/.installed: pyproject.toml setup.py Makefile
 	$(PYTHON) -m venv .venv-oldest
 	@.venv-oldest/bin/pip install --quiet torch==2.10.0
 	@.venv-oldest/bin/pip install --quiet 'setuptools>=77'
-	@GROWKIT_SKIP_CUDA_BUILD=1 .venv-oldest/bin/pip install --quiet --no-build-isolation -e '.[dev]'
+	@GROWKIT_SKIP_CUDA_BUILD=1 .venv-oldest/bin/pip install --quiet --no-build-isolation -e '.[dev]' 'numpy<2.3'
 	@touch $@
 
 clean:
-	rm -rf .venv .venv-oldest build dist growkit.egg-info .coverage .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-integrations .venv-oldest build dist growkit.egg-info .coverage .pytest_cache .ruff_cache .hypothesis

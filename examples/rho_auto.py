@@ -57,9 +57,8 @@ def train(rho, target, seed, steps):
 
 
 def main(steps=600, seeds=3):
-    print(
-        f"| rho | bits per byte, mean of {seeds} seeds (range) | unclipped at the end | rho at the end |\n|---|---|---|---|"
-    )
+    print(f"| rho | bits per byte, mean of {seeds} seeds (range) | unclipped at the end | rho at the end |")
+    print("|---|---|---|---|")
     for rho, target in CASES:
         bits, unclipped, last = zip(*(train(rho, target, seed, steps) for seed in range(seeds)), strict=True)
         name = f"{rho:g}" if target is None else f"auto, from {rho:g}"

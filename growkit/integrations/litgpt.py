@@ -1,6 +1,6 @@
 """litgpt, which makes an optimizer out of `model.parameters()` and a dotted name, and never hands it the model.
 
-    litgpt pretrain ... --optimizer.class_path growkit.integrations.litgpt.SophiaG --optimizer.init_args.every 10
+litgpt pretrain ... --optimizer.class_path growkit.integrations.litgpt.SophiaG --optimizer.init_args.every 10
 """
 
 from types import GeneratorType

@@ -4,6 +4,7 @@ In float64, so that what is left of a difference is a difference in kind: anothe
 """
 
 import importlib
+import os
 import subprocess
 import sys
 import warnings
@@ -15,7 +16,7 @@ import torch
 import growkit
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-LOOPS = ["plain", "trainer", "accelerate_loop", "lightning_loop"]
+LOOPS = ["plain", "trainer", "accelerate_loop", "lightning_loop", "torchtitan_loop", "litgpt_pretrain"]
 
 pytest.importorskip("transformers")
 
@@ -30,8 +31,10 @@ def examples(monkeypatch):
     torch.set_default_dtype(torch.float32)
 
 
-def example(name, needs=None):
-    pytest.importorskip(needs or "transformers")
+def example(name, needs="transformers"):
+    """The example of that name; skipped without the framework, unless all of them are to be there."""
+    if not os.environ.get("GROWKIT_ALL_INTEGRATIONS"):
+        pytest.importorskip(needs)
     return importlib.import_module(name)
 
 
@@ -86,8 +89,7 @@ def test_an_example_is_short(name):
 
 
 def test_trainer_is_the_plain_loop_and_logs_metrics():
-    pytest.importorskip("accelerate")
-    trainer = example("trainer").main()
+    trainer = example("trainer", "accelerate").main()
     assert_same_parameters(trainer.model, micro_batch_loop(4, 1, 30, items=True))
     groups = trainer.optimizer.param_groups
     assert [(g["lr"], g["weight_decay"]) for g in groups] == [(1e-3, 0.1), (1e-3, 0.0)]  # of TrainingArguments
@@ -98,8 +100,7 @@ def test_trainer_is_the_plain_loop_and_logs_metrics():
 
 def test_trainer_accumulates_as_the_plain_loop_with_uneven_labels():
     """num_items_in_batch: the loss of a micro-batch is divided by the labels of all of them."""
-    pytest.importorskip("accelerate")
-    tiny, module = example("tiny"), example("trainer")
+    tiny, module = example("tiny"), example("trainer", "accelerate")
     whole = tiny.windows
 
     def masked(rows):
@@ -115,8 +116,7 @@ def test_trainer_accumulates_as_the_plain_loop_with_uneven_labels():
 
 
 def test_trainer_resumes_bit_for_bit(tmp_path):
-    pytest.importorskip("accelerate")
-    module = example("trainer")
+    module = example("trainer", "accelerate")
     options = {"folder": str(tmp_path), "save_strategy": "steps", "save_steps": 8}
     whole = module.main(steps=16, **options)
     resumed = module.main(steps=16, resume=str(tmp_path / "checkpoint-8"), **options)
@@ -124,13 +124,11 @@ def test_trainer_resumes_bit_for_bit(tmp_path):
 
 
 def test_trainer_compiles():
-    pytest.importorskip("accelerate")
-    trainer = example("trainer").main(steps=7, torch_compile=True, torch_compile_backend="aot_eager")
+    trainer = example("trainer", "accelerate").main(steps=7, torch_compile=True, torch_compile_backend="aot_eager")
     assert_same_parameters(trainer.model, micro_batch_loop(4, 1, 7, items=True))
 
 
 def test_trainer_in_bfloat16():
-    pytest.importorskip("accelerate")
     torch.set_default_dtype(torch.float32)
     trainer = example("trainer").main(steps=10, bf16=True)
     assert_same_parameters(trainer.model, micro_batch_loop(4, 1, 10, items=True, dtype=torch.bfloat16), bound=0)
@@ -151,7 +149,7 @@ def test_sophia_outside_of_a_trainer_asks_for_lr():
 @pytest.fixture(scope="module")
 def parameters_of_two_processes(tmp_path_factory):
     """{example: parameters}, of one start of torchrun."""
-    pytest.importorskip("accelerate")
+    example("accelerate", "accelerate")
     folder, names = tmp_path_factory.mktemp("two"), ["trainer", "accelerate_loop"]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += [Path(__file__).with_name("two_processes.py"), folder, *names]
@@ -186,3 +184,53 @@ def test_lightning_is_the_plain_loop_and_logs_metrics(plain_model, automatic, tm
     assert_same_parameters(trainer.lightning_module.model, plain_model)
     header = (Path(logger.log_dir) / "metrics.csv").read_text().splitlines()[0]
     assert "sophia/unclipped" in header and "sophia/h_q50" in header
+
+
+# --- litgpt, torchtitan ---
+
+
+def test_torchtitan_is_the_plain_loop(plain_model):
+    module = example("torchtitan_loop", "torchtitan")
+    assert_same_parameters(module.main(), plain_model)
+    container = module.SophiaContainer
+    with pytest.raises(ValueError, match="the model is in 2 parts, expected 1"):
+        container(container.Config(param_groups=[]), model_parts=[torch.nn.Linear(2, 2)] * 2)
+
+
+def test_litgpt_is_the_plain_loop(tmp_path, monkeypatch):
+    torch.set_default_dtype(torch.float32)  # litgpt sets it itself
+    module = example("litgpt_pretrain", "litgpt")
+    monkeypatch.setattr(torch._dynamo.config, "disable", True)  # litgpt compiles the model, which takes a minute
+    monkeypatch.setattr(sys, "argv", ["litgpt"])
+    module.main(tmp_path)
+    found = torch.load(tmp_path / "final" / "lit_model.pth", weights_only=False)["model"]
+
+    import lightning
+    from litgpt import pretrain
+
+    fabric = lightning.Fabric(accelerator="cpu", devices=1)
+    fabric.seed_everything(42)
+    with fabric.init_module(empty_init=True):
+        model = pretrain.GPT(pretrain.Config(**module.SIZE, block_size=32))
+    pretrain.initialize_weights(fabric, model, n_layer=1, n_embd=16)
+    optimizer = growkit.SophiaG(model.parameters(), **growkit.presets["short-run"])
+    optimizer.attach(model, every=5)
+    data = module.Text()
+    data.connect(batch_size=4)
+    for batch in list(data.train_dataloader())[:30]:
+        logits = model(batch[:, :-1].contiguous())
+        pretrain.chunked_cross_entropy(logits, batch[:, 1:].contiguous()).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    expected = pretrain.GPT(pretrain.Config(**module.SIZE, block_size=32))
+    expected.load_state_dict(found)
+    assert_same_parameters(expected, model, bound=1e-6)
+
+
+def test_litgpts_sophia_needs_the_parameters_of_a_model():
+    litgpt = importlib.import_module("growkit.integrations.litgpt")
+    with pytest.raises(TypeError, match=r"params is list, expected model.parameters\(\)"):
+        litgpt.SophiaG(list(torch.nn.Linear(2, 2).parameters()))
+    model = torch.nn.Linear(2, 2)
+    assert litgpt.SophiaG(model.parameters(), every=3).param_groups[0]["every"] == 3
