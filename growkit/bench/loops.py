@@ -214,24 +214,27 @@ def hsdp(rank, world, cls):
     return _fsdp2(rank, world, cls, mesh)
 
 
-@loop("ZeroRedundancyOptimizer", note="attach the part: zero.optim.attach(model)")
-def zero(rank, world, cls):
+def new_zero(cls):
     from torch.distributed.optim import ZeroRedundancyOptimizer
 
     ddp = nn.parallel.DistributedDataParallel(new_model())
     optimizer = ZeroRedundancyOptimizer(ddp.parameters(), cls, **SETTINGS[cls])
     optimizer.optim.attach(ddp, every=EVERY)
+    return ddp, optimizer
+
+
+@loop("ZeroRedundancyOptimizer", note="attach the part: `zero.optim.attach(model)`")
+def zero(rank, world, cls):
+    ddp, optimizer = new_zero(cls)
     train(ddp, optimizer.step, rank=rank, world=world)
-    h = {}
-    for part in _gathered(result(ddp, optimizer.optim), world):
-        h |= part
-    return h
+    return parts(ddp, optimizer.optim, world)
 
 
-def _gathered(value, world):
+def parts(model, optimizer, world):
+    """`result`, where each process has the state of some parameters."""
     values = [None] * world
-    dist.all_gather_object(values, value)
-    return values
+    dist.all_gather_object(values, result(model, optimizer))
+    return {key: value for each in values for key, value in each.items()}
 
 
 # --- running them ---
@@ -272,9 +275,8 @@ def _work():
     for file, function, *arguments in torch.load(f"{folder}/jobs", weights_only=False):
         try:
             results.append(getattr(_module(file), function)(rank, world, *arguments))
-        except Exception as error:
-            results.append(error)
-            traceback.print_exc()
+        except Exception:
+            results.append(RuntimeError(traceback.format_exc()))  # not every error can be sent
     torch.save(results, f"{folder}/{rank}")
     dist.destroy_process_group()
 
@@ -315,7 +317,7 @@ def _worst(found):
     try:
         return max(difference(result, plain(cls)) for cls, result in found)
     except Exception as error:
-        return f"{type(error).__name__}: {error}"
+        return str(error).splitlines()[-1]
 
 
 def table(rows):

@@ -11,7 +11,7 @@ import torch
 
 from growkit import kernels, ops
 from growkit.optim import distributed
-from growkit.optim.state import check_coded, dtype_of, ensure, has_master, is_coded
+from growkit.optim.state import check_coded, dtype_of, ensure, has_master, held, is_coded
 
 
 class Buckets:
@@ -78,7 +78,7 @@ class Buckets:
             # While it traces, torch.compile sets capturable itself.
             if group["capturable"] and not p.is_cuda and not torch.compiler.is_compiling():
                 raise RuntimeError(f"capturable=True: parameter {i} is on {p.device}, expected a CUDA device")
-            tensors = {k: distributed.local(t) for k, t in (state or {}).items() if k != "step"}
+            tensors = held(state or {})
             elementwise = {k: [t] for k, t in tensors.items() if not k.endswith("_scale")}
             ops.check_alike(self._name, [p], grad=[g], **elementwise)
             coded = "exp_avg_scale" in tensors if tensors else is_coded(whole, group)
@@ -110,13 +110,9 @@ class Buckets:
     def _offset(self, p, i, group):
         """Index, in the whole of parameter i, of the first element of this process's shard."""
         offset = distributed.first_element(p)
-        if is_coded(p, group):
-            raise RuntimeError(
-                f"{self._name}: state_dtype='8bit' is not supported for parameter {i}, a DTensor {p.placements}: its "
-                "blocks of 256 elements would depend on the shards"
-            )
         rounded = p.dtype == torch.bfloat16 and group["bf16_update"] == "stochastic"
-        drawn = rounded or dtype_of(p, group) == torch.bfloat16 or self._codes == torch.int8  # SophiaH draws probes
+        drawn = rounded or dtype_of(p, group) == torch.bfloat16 or is_coded(p, group)
+        drawn = drawn or self._codes == torch.int8  # SophiaH, which draws probes
         if offset is None and drawn:
             raise RuntimeError(
                 f"{self._name}: parameter {i} is a DTensor {p.placements}, of which this process holds no single run "

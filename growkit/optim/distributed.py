@@ -99,7 +99,8 @@ def layout(p):
 def local_pairs(params):
     """(what this process holds of the parameters, of their gradients). Raises where the two are laid out apart."""
     grads = [p.grad for p in params]
-    if "torch.distributed.tensor" not in sys.modules:
+    tensor = sys.modules.get("torch.distributed.tensor")
+    if tensor is None or not any(issubclass(each, tensor.DTensor) for each in {*map(type, params), *map(type, grads)}):
         return params, grads
     for i, (p, g) in enumerate(zip(params, grads, strict=True)):
         if g is not None and layout(g) != layout(p):
@@ -117,7 +118,7 @@ def first_element(p):
     """
     if not is_sharded(p) or not local(p).numel():
         return 0
-    shape, start = _local_shape_and_start(p)
+    shape, start = _shape_and_start(p.shape, p)
     if shape is None:
         return None
     first = next((d for d, n in enumerate(shape) if n > 1), len(shape))
@@ -129,25 +130,35 @@ def first_element(p):
     return index
 
 
-def _local_shape_and_start(p):
+def _shape_and_start(shape, p):
+    """Of a tensor of this shape laid out as p is: the shape of this process's shard, and where it starts."""
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
     from torch.distributed.tensor.placement_types import _StridedShard
 
     if any(isinstance(placement, _StridedShard) for placement in p.placements):
         return None, None
-    return compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
+    return compute_local_shape_and_global_offset(shape, p.device_mesh, p.placements)
+
+
+def like(p, part, shape=None):
+    """A tensor of this shape, by default p's, laid out as p is, of which this process holds `part`."""
+    if not is_sharded(p):
+        return part
+    shape = torch.Size(p.shape if shape is None else shape)
+    stride = tuple(shape[d + 1 :].numel() for d in range(len(shape)))
+    tensor = sys.modules["torch.distributed.tensor"].DTensor
+    return tensor.from_local(part, p.device_mesh, p.placements, run_check=False, shape=shape, stride=stride)
 
 
 def shard_of(whole, p):
-    """Of a tensor that every process holds as a whole, what p's process holds of p, as a tensor like p."""
+    """Of a tensor that every process holds as a whole, what p's layout leaves to this one, as a copy."""
     if not is_sharded(p):
         return whole
-    shape, start = _local_shape_and_start(p)
+    shape, start = _shape_and_start(whole.shape, p)
     if shape is None:
         raise RuntimeError(f"shards {p.placements} are not supported, expected Shard or Replicate")
-    part = whole[tuple(slice(at, at + n) for at, n in zip(start, shape, strict=True))].to(p.device, copy=True)
-    layout = {"shape": p.shape, "stride": p.stride(), "run_check": False}
-    return type(p.data).from_local(part, p.device_mesh, p.placements, **layout)
+    part = whole[tuple(slice(at, at + n) for at, n in zip(start, shape, strict=True))]
+    return like(p, part.to(p.device, copy=True, memory_format=torch.contiguous_format), whole.shape)
 
 
 def sum_over_shards(value, p):

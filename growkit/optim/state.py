@@ -8,6 +8,7 @@ import warnings
 import torch
 
 from growkit import ops, reference
+from growkit.optim import distributed
 
 # Smaller tensors keep float32 state beside 8-bit state, as in bitsandbytes: norms and biases, which would save nothing.
 _CODED_FROM = 4096
@@ -20,7 +21,14 @@ def dtype_of(p, group):
 
 def is_coded(p, group):
     narrow = torch.promote_types(p.dtype, torch.float32) == torch.float32
-    return group["state_dtype"] == "8bit" and narrow and p.numel() >= _CODED_FROM
+    coded = group["state_dtype"] == "8bit" and narrow and p.numel() >= _CODED_FROM
+    if coded and distributed.is_sharded(p) and p.shape[1:].numel() % reference.CODES_PER_SCALE:
+        raise RuntimeError(
+            f"state_dtype='8bit': a parameter of shape {tuple(p.shape)} is sharded, and its blocks of "
+            f"{reference.CODES_PER_SCALE} elements would depend on where; expected rows of a multiple of "
+            f"{reference.CODES_PER_SCALE} elements, or a group with another state_dtype for it"
+        )
+    return coded
 
 
 def has_master(p, group):
@@ -51,11 +59,26 @@ def coded(values, codes):
     result = {}
     for key, x in values.items():
         dtype = torch.int8 if key == "exp_avg" else codes
-        q = result[key] = torch.zeros(x.shape, dtype=dtype, device=x.device)
-        blocks = -(-x.numel() // reference.CODES_PER_SCALE)
-        scale = result[key + "_scale"] = torch.zeros(blocks, 2, device=x.device)
-        reference.quantise_(q, scale, x.float())
+        own = distributed.local(x)
+        q = torch.zeros(own.shape, dtype=dtype, device=own.device)
+        scale = torch.zeros(-(-own.numel() // reference.CODES_PER_SCALE), 2, device=own.device)
+        reference.quantise_(q, scale, own.float())
+        result[key] = distributed.like(x, q)
+        result[key + "_scale"] = distributed.like(x, scale.view(-1, *_scale_shape(x)[1:]), _scale_shape(x))
     return result
+
+
+def _scale_shape(x):
+    """Of the scales of 8-bit codes x: [blocks, 2], or [rows, blocks, 2] where x is cut into shards between rows."""
+    if distributed.is_sharded(x):
+        return x.shape[0], x.shape[1:].numel() // reference.CODES_PER_SCALE, 2
+    return -(-x.numel() // reference.CODES_PER_SCALE), 2
+
+
+def held(state):
+    """The tensors of a parameter's state that an op takes: what this process holds of them, scales as [blocks, 2]."""
+    own = {k: distributed.local(t) for k, t in state.items() if k != "step"}
+    return {k: t.view(-1, 2) if k.endswith("_scale") else t for k, t in own.items()}
 
 
 def check_coded(name, p, state):
@@ -80,11 +103,18 @@ def check_file(name, param_groups, state_dict):
         if missing := (needed | {"exp_avg_scale", "hessian_scale"} if scales else needed) - state.keys():
             raise ValueError(f"state of parameter {i} has {sorted(state)}, expected {sorted(missing)} as well")
         if scales:
-            check_coded(name, state["exp_avg"], state)
+            check_coded(name, distributed.local(state["exp_avg"]), held(state))
         for key, value in state.items():
-            if key not in {"step", *scales} and torch.is_tensor(value) and value.shape != p.shape:
+            if key in {"step", *scales} or not torch.is_tensor(value):
+                continue
+            if value.shape != p.shape:
                 raise ValueError(
                     f"state {key} of parameter {i} has shape {tuple(value.shape)}, expected {tuple(p.shape)}"
+                )
+            if distributed.is_sharded(value) and distributed.layout(value) != distributed.layout(p):
+                raise ValueError(
+                    f"state {key} of parameter {i} is a DTensor {value.placements} on {value.device_mesh}, expected a "
+                    "whole tensor, or one that is laid out as the parameter is"
                 )
 
 
@@ -111,15 +141,29 @@ def complete_groups(param_groups, groups, defaults):
 
 def convert(p, group, state, codes):
     """The tensors of a loaded state as copies on the parameter's device, in the form that the optimizer keeps."""
-    state = {k: t.to(p.device, copy=True) for k, t in state.items() if k != "step" and torch.is_tensor(t)}
+    state = {k: _placed(k, t, p) for k, t in state.items() if k != "step" and torch.is_tensor(t)}
     scales = {k: state.pop(k + "_scale", None) for k in ("exp_avg", "hessian")}
     for (key, scale), dtype in zip(scales.items(), (torch.int8, codes), strict=True):
-        if is_coded(p, group) and scale is not None and state[key].dtype == dtype:
+        x = state[key]
+        if is_coded(p, group) and scale is not None and x.dtype == dtype:
             state[key + "_scale"] = scale
             continue
-        x = state[key] if scale is None else reference.dequantise(state[key], scale)
+        if scale is not None:
+            own = held({"codes": x, "codes_scale": scale})
+            x = distributed.like(x, reference.dequantise(own["codes"], own["codes_scale"]))
         state |= coded({key: x}, codes) if is_coded(p, group) else {key: x.to(dtype_of(p, group))}
     return {k: t.float() if k == "master" else t for k, t in state.items()}
+
+
+def _placed(key, t, p):
+    """A copy of one tensor of a file where the parameter lies, and of a whole tensor the shard."""
+    if key.endswith("_scale") and not distributed.is_sharded(t):
+        t = t.view(_scale_shape(p))
+    return (
+        distributed.shard_of(t, p)
+        if distributed.is_sharded(p) > distributed.is_sharded(t)
+        else t.to(p.device, copy=True)
+    )
 
 
 def share_steps(param_groups, states):

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import nn
 
 from growkit.bench import loops
-from growkit.optim import SophiaG, SophiaH
+from growkit.optim import SophiaG, SophiaH, distributed
 
 # --- what runs on the processes ---
 
@@ -25,7 +25,7 @@ def sharded(world, tensors, dim=0):
 def drive(cls, dtype, options, shard=None):
     """Six steps with two refreshes by hand, from fixed gradients; `shard` makes DTensors of lists of tensors."""
     make = torch.Generator().manual_seed(1)
-    shapes = ((5, 3), (2,), (4, 2, 3), (7,))
+    shapes = ((5, 3), (2,), (4, 2, 3), (7,), *([(17, 256)] if options.get("state_dtype") == "8bit" else []))
     shard = shard or (lambda tensors: tensors)
     ps = [nn.Parameter(p) for p in shard([torch.randn(s, generator=make).to(dtype) for s in shapes])]
     optimizer = cls(ps, 1e-2, rho=30.0, **({"bs": 1} if cls is SophiaG else {}), **options)
@@ -52,9 +52,18 @@ KINDS = {
     "bfloat16, rounded stochastically": (torch.bfloat16, {}),
     "bfloat16 with masters": (torch.bfloat16, {"bf16_update": "master"}),
     "bfloat16 state": (torch.float32, {"state_dtype": torch.bfloat16}),
+    "8-bit state": (torch.float32, {"state_dtype": "8bit"}),
     "complex64": (torch.complex64, {}),
     "clipped": (torch.float32, {"clip_grad_norm": 0.1}),
 }
+
+
+def rows_cut_blocks(rank, world):
+    """8-bit state whose blocks of 256 elements would not end where a row does."""
+    whole = torch.ones(50, 100)
+    p, g = (nn.Parameter(t) for t in sharded(world, [whole, whole]))
+    p.grad = g.detach()
+    return messages(SophiaG([p], 1e-2, state_dtype="8bit").step)[0]
 
 
 def in_columns(rank, world, dtype):
@@ -185,32 +194,135 @@ def warned(rank, world):
     return [str(w.message) for w in caught if "skipped a curvature" in str(w.message)], optimizer.stats()
 
 
+def new_fsdp2(cls):
+    model = loops.fsdp2_model()
+    optimizer = cls(model.parameters(), **loops.SETTINGS[cls])
+    optimizer.attach(model, every=loops.EVERY)
+    return model, optimizer
+
+
+HALF = range(3), range(3, loops.STEPS)
+
+
+def saved(rank, world, cls, folder):
+    """An uninterrupted run that saves half-way, in shards and as whole tensors."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
+
+    model, optimizer = new_fsdp2(cls)
+    loops.train(model, optimizer.step, steps=HALF[0], rank=rank, world=world)
+    names = "model", "optimizer"
+    dcp.save(dict(zip(names, get_state_dict(model, optimizer), strict=True)), checkpoint_id=f"{folder}/{cls.__name__}")
+    whole = get_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if rank == 0:
+        torch.save(dict(zip(names, whole, strict=True)), f"{folder}/{cls.__name__}.pt")
+    loops.train(model, optimizer.step, steps=HALF[1], rank=rank, world=world)
+    return loops.result(model, optimizer)
+
+
+def resumed(rank, world, cls, folder):
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    model, optimizer = new_fsdp2(cls)
+    own, state = get_state_dict(model, optimizer)  # takes a step with gradients of 0, which is none of the schedule
+    dcp.load({"model": own, "optimizer": state}, checkpoint_id=f"{folder}/{cls.__name__}")
+    set_state_dict(model, optimizer, model_state_dict=own, optim_state_dict=state)
+    loops.train(model, optimizer.step, steps=HALF[1], rank=rank, world=world)
+    return loops.result(model, optimizer)
+
+
+def loaded_whole(rank, world, cls, folder):
+    """The files of one process, loaded by load_state_dict() into shards."""
+    model, optimizer = new_fsdp2(cls)
+    state = torch.load(f"{folder}/plain.pt", weights_only=True)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(distributed.shard_of(state["model"][name], p))
+    optimizer.load_state_dict(state["optimizer"])
+    loops.train(model, optimizer.step, steps=HALF[1], rank=rank, world=world)
+    return loops.result(model, optimizer)
+
+
+def zero_resumed(rank, world, cls):
+    """ZeroRedundancyOptimizer, consolidated and loaded half-way."""
+    ddp, zero = loops.new_zero(cls)
+    loops.train(ddp, zero.step, steps=HALF[0], rank=rank, world=world)
+    zero.consolidate_state_dict(0)
+    box = [zero.state_dict() if rank == 0 else None]
+    dist.broadcast_object_list(box)
+    again, resumed = loops.new_zero(cls)
+    again.load_state_dict(ddp.state_dict())
+    resumed.load_state_dict(box[0])
+    loops.train(again, resumed.step, steps=HALF[1], rank=rank, world=world)
+    return loops.parts(again, resumed.optim, world)
+
+
+def zero_rounds(rank, world):
+    """Parameters in bfloat16 and two groups, clipped, whose bits are drawn by their place among all parameters."""
+    return zero_in_bfloat16(world)
+
+
+def zero_in_bfloat16(world=1):
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    make = torch.Generator().manual_seed(1)
+    ps = [nn.Parameter(torch.randn(n, generator=make).bfloat16()) for n in (300, 200, 5, 400)]
+    groups = [{"params": ps[:2], "weight_decay": 0.5}, {"params": ps[2:]}]
+    options = {"lr": 1e-2, "clip_grad_norm": 0.1}
+    optimizer = ZeroRedundancyOptimizer(groups, SophiaG, **options) if world > 1 else SophiaG(groups, **options)
+    for _ in range(4):
+        for p in ps:
+            p.grad = torch.randn(p.shape, generator=make).bfloat16()
+        optimizer.step()
+    return [p.detach() for p in ps]
+
+
 JOBS = {
     2: [
         *(("driven", cls, *kind) for cls in (SophiaG, SophiaH) for kind in KINDS.values()),
         *(("in_columns", dtype) for dtype in (torch.float32, torch.bfloat16)),
         ("refused",), ("replicas_differ",), ("one_process_fails",), ("unequal_batches",), ("collectives",), ("warned",),
-        *(("two_batches", cls) for cls in (SophiaG, SophiaH)),
+        ("rows_cut_blocks",), ("zero_rounds",),
+        *((job, cls) for cls in (SophiaG, SophiaH) for job in ("two_batches", "saved", "resumed")),
+        ("zero_resumed", SophiaG), ("loaded_whole", SophiaG),
     ],
-    3: [("driven", SophiaG, torch.bfloat16, {}), ("two_batches", SophiaG)],
+    3: [
+        *(("driven", SophiaG, *KINDS[kind]) for kind in ("bfloat16, rounded stochastically", "8-bit state")),
+        ("two_batches", SophiaG), ("resumed", SophiaG), ("resumed", SophiaH),
+    ],
 }  # fmt: skip
 
 
 # --- what they must give ---
 
 
-@functools.cache
-def found(world):
-    return loops.spawn([(__file__, *job) for job in JOBS[world]], world)
+@pytest.fixture(scope="module")
+def result(tmp_path_factory):
+    """result(world, *job): what the processes returned, in the order of ranks; an error of theirs is raised here."""
+    folder = str(tmp_path_factory.mktemp("checkpoints"))
+    model = loops.new_model()
+    optimizer = SophiaG(model.parameters(), **loops.SETTINGS[SophiaG])
+    optimizer.attach(model, every=loops.EVERY)
+    loops.train(model, optimizer.step, steps=HALF[0])
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, f"{folder}/plain.pt")
 
+    @functools.cache
+    def found(world):
+        if world == 3:
+            found(2)  # saves what 3 processes go on from
+        filed = "saved", "resumed", "loaded_whole"
+        jobs = [(__file__, *job, *([folder] if job[0] in filed else [])) for job in JOBS[world]]
+        return loops.spawn(jobs, world)
 
-def result(world, *job):
-    """What the processes returned, in the order of ranks; an error is raised here."""
-    results = found(world)[JOBS[world].index(job)]
-    for each in results:
-        if isinstance(each, Exception):
-            raise each
-    return results
+    def of(world, *job):
+        results = found(world)[JOBS[world].index(job)]
+        for each in results:
+            if isinstance(each, Exception):
+                raise each
+        return results
+
+    return of
 
 
 DRIVEN = [
@@ -223,7 +335,7 @@ DRIVEN = [
 
 
 @pytest.mark.parametrize("world, cls, kind", DRIVEN)
-def test_a_shard_gets_the_bits_of_the_whole(world, cls, kind):
+def test_a_shard_gets_the_bits_of_the_whole(world, cls, kind, result):
     dtype, options = KINDS[kind]
     expected, stats = drive(cls, dtype, options)
     for values, own in result(world, "driven", cls, dtype, options):
@@ -236,7 +348,7 @@ def test_a_shard_gets_the_bits_of_the_whole(world, cls, kind):
         assert own == stats
 
 
-def test_shards_that_are_no_run_are_right_or_refused_before_anything_moves():
+def test_shards_that_are_no_run_are_right_or_refused_before_anything_moves(result):
     whole = torch.arange(12.0).view(2, 6)
     plain = nn.Parameter(whole.clone())
     plain.grad = whole.clone()
@@ -247,7 +359,7 @@ def test_shards_that_are_no_run_are_right_or_refused_before_anything_moves():
         assert unchanged and states == 0
 
 
-def test_what_cannot_be_seen_is_refused_at_attach():
+def test_what_cannot_be_seen_is_refused_at_attach(result):
     for tensor_parallel, flattened, part in result(2, "refused"):
         assert "parameter head.weight is a DTensor (Shard(dim=0),)" in tensor_parallel
         assert "parallelize_module" in tensor_parallel
@@ -255,13 +367,13 @@ def test_what_cannot_be_seen_is_refused_at_attach():
         assert "attach to the module that was given to fully_shard" in part
 
 
-def test_models_that_are_no_copies_of_one_are_refused():
+def test_models_that_are_no_copies_of_one_are_refused(result):
     for values, numbers in result(2, "replicas_differ"):
         assert "not the same on all processes" in values and "[" in values
         assert "parameters here, but" in numbers
 
 
-def test_an_error_in_one_process_stops_all_and_changes_nothing():
+def test_an_error_in_one_process_stops_all_and_changes_nothing(result):
     model = loops.new_model()
     optimizer = SophiaG(model.parameters(), **loops.SETTINGS[SophiaG])
     expected = refreshed(model, optimizer, loops.batches(0, 0, 1)[0])
@@ -275,24 +387,64 @@ def test_an_error_in_one_process_stops_all_and_changes_nothing():
     assert "the mask of labels has shape (3,)" in messages[1]
 
 
-def test_unequal_numbers_of_batches_are_an_error_everywhere():
+def test_unequal_numbers_of_batches_are_an_error_everywhere(result):
     for message in result(2, "unequal_batches"):
         assert "processes have [2, 1] batches left" in message
 
 
 @pytest.mark.parametrize("world, cls", [(2, SophiaG), (2, SophiaH), (3, SophiaG)])
-def test_a_refresh_on_several_batches_is_that_of_one_process(world, cls):
+def test_a_refresh_on_several_batches_is_that_of_one_process(world, cls, result):
     expected = two_batches(0, 1, cls)
     for each in result(world, "two_batches", cls):
         assert loops.difference(each, expected) < loops.TOLERANCE
 
 
-def test_a_step_waits_for_nobody_and_a_refresh_takes_two_small_reductions():
+def test_a_step_waits_for_nobody_and_a_refresh_takes_two_small_reductions(result):
     for counts in result(2, "collectives"):
         assert counts == {"step": 0, "step that clips": 1, "refresh": 2}
 
 
-def test_a_refresh_is_skipped_by_all_and_told_by_one():
+def test_a_refresh_is_skipped_by_all_and_told_by_one(result):
     (told, stats), (silent, other) = result(2, "warned")
     assert len(told) == 1 and not silent
     assert stats == other and stats["skipped"] == 2
+
+
+def test_8bit_blocks_that_shards_would_cut_are_refused(result):
+    for message in result(2, "rows_cut_blocks"):
+        assert "a parameter of shape (50, 100) is sharded" in message and "multiple of 256" in message
+
+
+def test_a_part_of_a_zero_optimizer_draws_and_clips_as_the_whole(result):
+    expected = zero_in_bfloat16()
+    for ps in result(2, "zero_rounds"):
+        assert all(torch.equal(p, e) for p, e in zip(ps, expected, strict=True))
+
+
+@pytest.mark.parametrize("cls", [SophiaG, SophiaH])
+def test_a_run_resumed_from_a_distributed_checkpoint_is_the_uninterrupted_one(cls, result):
+    uninterrupted = result(2, "saved", cls)
+    for run, own in zip(result(2, "resumed", cls), uninterrupted, strict=True):
+        assert run.keys() == own.keys() and all(torch.equal(run[k], own[k]) for k in own)
+    for run in result(3, "resumed", cls):
+        assert loops.difference(run, loops.plain(cls)) < loops.TOLERANCE
+
+
+@pytest.mark.parametrize("job", ["zero_resumed", "loaded_whole"])
+def test_whole_files_go_into_parts_and_shards(job, result):
+    for run in result(2, job, SophiaG):
+        assert loops.difference(run, loops.plain(SophiaG)) < loops.TOLERANCE
+
+
+def test_a_whole_file_of_shards_goes_on_in_one_process(result, tmp_path_factory):
+    from torch.distributed.checkpoint.state_dict import set_state_dict
+
+    result(2, "saved", SophiaG)
+    file = next(tmp_path_factory.getbasetemp().glob("checkpoints*/SophiaG.pt"))
+    state = torch.load(file, weights_only=True)
+    model = loops.new_model()
+    optimizer = SophiaG(model.parameters(), **loops.SETTINGS[SophiaG])
+    optimizer.attach(model, every=loops.EVERY)
+    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    loops.train(model, optimizer.step, steps=HALF[1])
+    assert loops.difference(loops.result(model, optimizer), loops.plain(SophiaG)) < loops.TOLERANCE

@@ -10,14 +10,19 @@ CASES = [(each, cls, world) for each in loops.LOOPS for world in each.processes 
 NAMES = [f"{each.name}-{cls.__name__}-{world}" for each, cls, world in CASES]
 
 
-@functools.cache
-def results(world):
+@pytest.fixture(scope="module")
+def results():
     """All loops on so many processes, which are started once."""
-    cases = [case for case in CASES if case[2] == world]
-    return dict(zip(cases, loops.spawn([loops.job(each, cls) for each, cls, _ in cases], world), strict=True))
+
+    @functools.cache
+    def of(world):
+        cases = [case for case in CASES if case[2] == world]
+        return dict(zip(cases, loops.spawn([loops.job(each, cls) for each, cls, _ in cases], world), strict=True))
+
+    return of
 
 
 @pytest.mark.parametrize("loop, cls, world", CASES, ids=NAMES)
-def test_a_loop_is_the_plain_loop(loop, cls, world):
+def test_a_loop_is_the_plain_loop(loop, cls, world, results):
     for found in results(world)[loop, cls, world]:
         assert loops.difference(found, loops.plain(cls)) < loops.TOLERANCE
