@@ -15,11 +15,11 @@ from growkit.__main__ import main
 
 @pytest.fixture
 def demo(monkeypatch):
-    """A stand-in for growkit.demo that keeps what it was called with; the demo itself has tests of its own."""
-    module = types.ModuleType("growkit.demo")
+    """A stand-in for growkit.demo.story that keeps what it was called with; the demo itself has tests of its own."""
+    module = types.ModuleType("growkit.demo.story")
     module.calls = []
     module.run = lambda **options: module.calls.append(options) or 7
-    monkeypatch.setitem(sys.modules, "growkit.demo", module)
+    monkeypatch.setitem(sys.modules, "growkit.demo.story", module)
     return module
 
 
@@ -156,7 +156,7 @@ def test_info_says_why_there_is_no_cuda(capsys, monkeypatch, available, built_fo
 
 
 def test_demo_passes_its_flags_on(demo, tmp_path):
-    flags = f"demo --data {tmp_path} --device cpu --seed 3 --out {tmp_path / 'new' / 'out'} --steps-scale 0.5 --full"
+    flags = f"demo --data {tmp_path} --device cpu --seed 3 --out {tmp_path / 'new' / 'out'} --steps-scale 0.5"
     assert main(flags.split()) == 7
     assert demo.calls == [
         {
@@ -165,7 +165,6 @@ def test_demo_passes_its_flags_on(demo, tmp_path):
             "seed": 3,
             "out": tmp_path / "new" / "out",
             "steps_scale": 0.5,
-            "full": True,
         }
     ]
     assert not list(tmp_path.iterdir())  # that --out can be written was tried, and nothing left

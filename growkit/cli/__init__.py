@@ -43,7 +43,7 @@ command.add_command(inspect)
     type=TEXT,
     metavar="FILE|DIR",
     show_default="text that comes with Python",
-    help="Text to train on, e.g. --data notes.txt",
+    help="A text file, or a folder whose .txt, .md, .rst, .py, .tex and .html files are read, e.g. --data notes.txt",
 )
 @click.option("--device", type=Device(), default="auto", help="Where to train, e.g. --device cpu")
 @click.option("--seed", type=int, default=0, help="Of weights, batches and labels, e.g. --seed 1")
@@ -52,20 +52,14 @@ command.add_command(inspect)
     "--steps-scale",
     type=AboveZero(),
     default=1.0,
-    help="Multiplies every number of steps, e.g. --steps-scale 0.1 for a quick look",
-)
-@click.option(
-    "--full",
-    is_flag=True,
-    show_default="off",
-    help="Then sweep the settings of SophiaG and AdamW, e.g. growkit demo --full",
+    help="Multiplies every number of steps, e.g. --steps-scale 0.05 for a quick look",
 )
 def demo(**options):
     """Train small, grow, train on: on real text, with no download and no GPU."""
     missing = [package for package in DEMO_NEEDS if not importlib.util.find_spec(package)]
     if missing:
         raise click.ClickException(f"growkit demo needs {' and '.join(missing)}: pip install {' '.join(missing)}")
-    from growkit.demo import run  # here, because it imports what has just been asked for
+    from growkit.demo.story import run  # here, because it imports what has just been asked for
 
     with keyboard_interrupts():
         return run(**options)
