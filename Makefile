@@ -2,7 +2,7 @@
 #   ARGS='...'           passed on: make test ARGS='-k sophia', make demo ARGS='--steps-scale 0.05'
 #   PYTHON=python3.12    the Python that .venv is made with; naming another one than before makes .venv anew
 
-.PHONY: help bench demo test test-integrations test-oldest lint wheel clean
+.PHONY: help bench check demo docs test test-integrations test-oldest lint types wheel clean
 
 # Named after the Python, so that another PYTHON is another stamp. PYTHON not given: any finished .venv will do.
 ifeq ($(origin PYTHON),undefined)
@@ -13,13 +13,16 @@ endif
 PYTHON ?= python3
 
 help:
-	@echo "make demo   train a small model, grow it, train on; CPU only, no download"
-	@echo "make test   run the CPU test-suite"
+	@echo "make demo   train a small model, grow it, train on; CPU only, no download; under 2 minutes on 2 quiet cores"
+	@echo "make check  lint, types and the quick tests; under a minute on 2 quiet cores"
+	@echo "make test   the whole CPU test-suite; under 10 minutes on 2 quiet cores"
 	@echo "make test-integrations  the frameworks' loops, really installed, in a .venv of their own"
 	@echo "make test-oldest  the tests of optimizers and operators beside the oldest torch, in a .venv of its own"
+	@echo "make docs   the documentation as a site, into site/, every link checked; under a minute"
 	@echo "make bench  measure the goals and compare with the saved run of the same hardware; minutes"
-	@echo "make lint   ruff: rules and format"
-	@echo "make wheel  build the pure wheel and, where nvcc is, the CUDA wheel, into dist/, and try each"
+	@echo "make lint   ruff: rules and format; seconds"
+	@echo "make types  mypy and pyright on the public API; under a minute"
+	@echo "make wheel  build the pure wheel and, where nvcc is, the CUDA wheel, into dist/, and try each; minutes"
 	@echo "make clean  remove .venv and what builds and tests leave behind"
 
 demo: $(INSTALLED)
@@ -38,6 +41,18 @@ test-integrations: .venv-integrations/.installed
 # without: PIP_INDEX_URL=https://download.pytorch.org/whl/cpu PIP_EXTRA_INDEX_URL=https://pypi.org/simple make test-oldest
 test-oldest: .venv-oldest/.installed
 	OMP_NUM_THREADS=1 .venv-oldest/bin/pytest tests/optim tests/ops -n logical --maxprocesses 8 --dist loadgroup $(ARGS)
+
+# What says within a minute whether a change is sound.
+QUICK = tests/ops tests/optim tests/typing tests/test_cli.py
+check: lint types
+	OMP_NUM_THREADS=1 .venv/bin/pytest -q -n logical --maxprocesses 8 --dist loadgroup $(or $(ARGS),$(QUICK))
+
+docs: $(INSTALLED)
+	.venv/bin/pip install --quiet --no-build-isolation -e '.[docs]'
+	.venv/bin/mkdocs build --quiet --strict $(ARGS)
+
+types: $(INSTALLED)
+	.venv/bin/pytest -q tests/typing $(ARGS)
 
 # One thread, so that CPU times mean the same on every machine. The run is saved; a slower one than the saved fails.
 bench: $(INSTALLED)
@@ -83,4 +98,5 @@ $(INSTALLED): pyproject.toml setup.py Makefile
 	@touch $@
 
 clean:
-	rm -rf .venv .venv-integrations .venv-oldest build dist growkit.egg-info .coverage .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-integrations .venv-oldest build dist site growkit.egg-info
+	rm -rf .coverage .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -1,23 +1,23 @@
 """What m and h lose in bfloat16 and in 8 bits, beside the same state in float32.
 
 First, gradients drawn at random, of curvatures that spread over 1, 4 and 10 decades within every 256 elements: 1,000
-steps and 100 refreshes. Then the demo's small model under the official loop (see official_loop.py): every kind of state
+steps and 100 refreshes. Then a small model under the official loop (official_loop.py): every kind of state
 follows the gradients of the float32 run, which gives the errors, and then trains the model by itself, which gives the
 loss.
 
-    python examples/state_dtypes.py [steps] [seeds]
+    python benchmarks/state_dtypes.py [steps] [seeds]
 """
 
 import sys
 
 import torch
-from torch.nn.functional import cross_entropy
+from official_loop import BS, EVERY, SOPHIA, sampled_loss, start
 
 import growkit
-from growkit import demo, reference
+from growkit import reference
+from growkit.demo import runs
 
 KINDS = {"float32": None, "bfloat16": torch.bfloat16, "8-bit": "8bit"}
-BS = demo.BATCH * (demo.CONTEXT - 1)
 
 
 def floats(optimizer, key):
@@ -64,14 +64,14 @@ def drawn(steps, decades):
     report(f"drawn, {decades} decades", optimizers)
 
 
-def trained(kind, followers, corpus, steps, seed):
+def trained(kind, followers, steps, seed):
     """Train by the official loop; optimizers of the kinds in `followers` see the same gradients on other parameters."""
-    model = demo.new_model(demo.SMALL, seed, "cpu")
-    params = [p for group in demo.groups(model) for p in group["params"]]
-    optimizers = {kind: growkit.SophiaG(demo.groups(model), **demo.SOPHIA, seed=seed, state_dtype=KINDS[kind])}
+    run, model, groups = start(seed)
+    params = [p for group in groups for _, p in group["params"]]
+    optimizers = {kind: growkit.SophiaG(groups, **SOPHIA, seed=seed, state_dtype=KINDS[kind])}
     for each in followers:
         copies = [torch.nn.Parameter(p.detach().clone()) for p in params]
-        optimizers[each] = growkit.SophiaG(copies, **demo.SOPHIA, seed=seed, state_dtype=KINDS[each])
+        optimizers[each] = growkit.SophiaG(copies, **SOPHIA, seed=seed, state_dtype=KINDS[each])
 
     def every(method, **options):
         torch.nn.utils.clip_grad_norm_(params, 1.0)
@@ -84,19 +84,16 @@ def trained(kind, followers, corpus, steps, seed):
             optimizer.zero_grad()
 
     generator = torch.Generator().manual_seed(seed)
-    fresh = corpus.batches(seed, 3)
-    for step, batch in zip(range(1, steps + 1), corpus.batches(seed), strict=False):
-        model(**batch).loss.backward()
+    for step in range(1, steps + 1):
+        model(**run.corpus.batch(seed, step)).loss.backward()
         every("step", bs=BS)
-        if step % demo.REFRESH_EVERY == 0:
-            logits = model(input_ids=next(fresh)["input_ids"]).logits[:, :-1].flatten(0, 1)
-            labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
-            cross_entropy(logits, labels).backward()
+        if step % EVERY == 0:
+            sampled_loss(model, run.corpus.batch(seed, steps + step), generator).backward()
             every("update_hessian")
     if followers:
         report(f"GPT-2, seed {seed}", optimizers)
     bytes_of_state = sum(t.nbytes for s in optimizers[kind].state.values() for k, t in s.items() if k != "step")
-    return demo.bits_per_byte(model, corpus), bytes_of_state
+    return runs.bits_per_byte(model, run.corpus), bytes_of_state
 
 
 def main(steps, seeds):
@@ -105,12 +102,11 @@ def main(steps, seeds):
     )
     for decades in (1, 4, 10):
         drawn(steps, decades)
-    corpus = demo.Corpus(demo.read_text()[1], "cpu")
     results = []
     for seed in range(seeds):
         for kind in KINDS:
             followers = [k for k in KINDS if k != kind] if kind == "float32" else []
-            results.append((kind, seed, *trained(kind, followers, corpus, steps, seed)))
+            results.append((kind, seed, *trained(kind, followers, steps, seed)))
     print("\nstate | seed | bits per byte | bytes of state")
     for kind, seed, bits, size in results:
         print(f"{kind} | {seed} | {bits:.4f} | {size:,}")
