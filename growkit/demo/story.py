@@ -62,9 +62,11 @@ def run(*, data, device, seed, out, steps_scale, settings=None):
     try:
         for job, result in trained(settings, data, seed, device, out, progress.told):
             results["runs"][job] = result
-            progress.finished(job, result)
             report.write(results, out)
+            progress.finished(job, result)
     except KeyboardInterrupt:
+        if results["runs"]:
+            report.write(results, out)  # it may have been interrupted in the middle
         done = ", ".join(results["runs"]) or "nothing"
         console.print(f"\ninterrupted: {done} had finished" + (f", see {out}" if results["runs"] else ""), markup=False)
         return 130
