@@ -102,23 +102,20 @@ class Run:
         return model.to(self.device).train()
 
     def sophia(self, model):
-        s = self.settings
-        groups = growkit.param_groups(model, s.weight_decay)
-        optimizer = growkit.SophiaG(groups, lr=s.sophia_rates[model.config.n_layer], seed=self.seed, **s.sophia)
-        optimizer.attach(model, every=s.refresh_every)
+        preset = growkit.presets[self.settings.sophia]
+        optimizer = growkit.SophiaG(growkit.param_groups(model, preset["weight_decay"]), seed=self.seed, **preset)
+        optimizer.attach(model, every=self.settings.refresh_every)
         return optimizer
 
-    def adamw(self, model):
+    def adamw(self, model, rate):
         s = self.settings
-        return torch.optim.AdamW(
-            growkit.param_groups(model, s.weight_decay), lr=s.adamw_rates[model.config.n_layer], **s.adamw
-        )
+        return torch.optim.AdamW(growkit.param_groups(model, s.weight_decay), lr=s.rates[rate], betas=s.betas)
 
-    def steps_left(self, model, refreshed=True):
-        """Steps of `model` that what is left of the FLOPs pays for."""
+    def steps_left(self, model, optimizer=None):
+        """Steps of `model` that what is left of the FLOPs pays for, refreshes of a SophiaG included."""
         s = self.settings
-        left = s.flops - self.flops
-        return steps_for(left, step_flops(model, s.batch), s.refresh_every if refreshed else None)
+        every = s.refresh_every if isinstance(optimizer, growkit.SophiaG) else None
+        return steps_for(s.flops - self.flops, step_flops(model, s.batch), every)
 
     def mark(self, model, phase):
         point = {"phase": phase, "flops": self.flops, "seconds": self.seconds, "steps": self.steps}
@@ -166,7 +163,7 @@ class Run:
 def small(run, folder, _):
     """The small model, at a constant rate: it is not finished but grown, or trained on."""
     model = run.new_model(run.settings.small)
-    optimizer = run.sophia(model)
+    optimizer = run.adamw(model, "small")
     steps = run.steps_left(model)
     run.train(model, optimizer, "small", min(run.settings.small_steps, steps), steps=steps)
     save(model, folder / "small")
@@ -186,16 +183,30 @@ def _go_on(run, left):
 
 
 def never_grown(run, folder, left):
-    total = run.steps_left(run.new_model(run.settings.small))  # counted as `small` did, from the first step
     model, state = _go_on(run, left)
-    optimizer = run.sophia(model)
+    optimizer = run.adamw(model, "small")
     optimizer.load_state_dict(state)
+    total = run.steps + run.steps_left(model)
     run.train(model, optimizer, "small", total, first=run.steps, steps=total)
     return run.result()
 
 
 def grown(run, folder, left):
-    """The small model grown without loss, 20 steps of its operator, and the large model at the rate's end."""
+    large = _grow(run, left)
+    run.train(large, run.adamw(large, "grown"), "large", run.steps_left(large))
+    save(large, folder / "grown")
+    return run.result()
+
+
+def sophia_grown(run, folder, left):
+    large = _grow(run, left)
+    optimizer = run.sophia(large)
+    run.train(large, optimizer, "large", run.steps_left(large, optimizer))
+    return run.result()
+
+
+def _grow(run, left):
+    """The small model grown without loss, and a few steps of the operator that grows it."""
     s = run.settings
     model, _ = _go_on(run, left)
     start = time.process_time()
@@ -203,36 +214,35 @@ def grown(run, folder, left):
     started = operator.grow().to(run.device)
     run.seconds += time.process_time() - start
     run.mark(started, "operator")
-    before, cost = run.points[-1]["bits_per_byte"], run.flops
+    run.facts["small_flops"], run.facts["after_start"] = run.flops, run.points[-1]["bits_per_byte"]
     start = time.process_time()
     operator.fit((run.corpus.batch(run.seed, run.steps + i) for i in range(s.fit_steps)), steps=s.fit_steps)
     large = operator.grow().to(run.device).train()
     run.seconds += time.process_time() - start
-    run.flops += s.fit_steps * (step_flops(large, s.batch) + sum(operator.flops_per_expansion))
+    run.facts["fit_flops"] = s.fit_steps * (step_flops(large, s.batch) + sum(operator.flops_per_expansion))
+    run.flops += run.facts["fit_flops"]
     run.steps += s.fit_steps
     run.mark(large, "operator")
-    run.facts["small_flops"], run.facts["fit_flops"] = cost, run.flops - cost
-    run.facts["after_start"], run.facts["after_fit"] = before, run.points[-1]["bits_per_byte"]
-    run.train(large, run.sophia(large), "large", run.steps_left(large))
-    save(large, folder / "grown")
-    return run.result()
+    run.facts["after_fit"] = run.points[-1]["bits_per_byte"]
+    return large
 
 
 def scratch(run, folder, _):
-    return _from_scratch(run, run.settings.large, "large", run.sophia)
+    model = run.new_model(run.settings.large)
+    run.train(model, run.adamw(model, "scratch"), "large", run.steps_left(model))
+    return run.result()
+
+
+def sophia_scratch(run, folder, _):
+    model = run.new_model(run.settings.large)
+    optimizer = run.sophia(model)
+    run.train(model, optimizer, "large", run.steps_left(model, optimizer))
+    return run.result()
 
 
 def middle(run, folder, _):
-    return _from_scratch(run, run.settings.middle, "middle", run.sophia)
-
-
-def adamw_scratch(run, folder, _):
-    return _from_scratch(run, run.settings.large, "large", run.adamw)
-
-
-def _from_scratch(run, size, phase, optimizer):
-    model = run.new_model(size)
-    run.train(model, optimizer(model), phase, run.steps_left(model, refreshed=optimizer == run.sophia))
+    model = run.new_model(run.settings.middle)
+    run.train(model, run.adamw(model, "middle"), "middle", run.steps_left(model))
     return run.result()
 
 
@@ -254,7 +264,7 @@ def save(model, folder):
     os.replace(partial, folder)
 
 
-RUNS = {run.__name__: run for run in (small, never_grown, grown, scratch, middle, adamw_scratch)}
+RUNS = {run.__name__: run for run in (small, never_grown, grown, scratch, middle, sophia_grown, sophia_scratch)}
 
 
 def serve(pipe, settings, data, seed, device, folder):

@@ -19,17 +19,19 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from growkit.demo import report
-from growkit.demo.settings import TEXT_SUFFIXES, Settings, doubts, read_text
+from growkit.demo.settings import Settings, read_text
+from growkit.text import doubts
 
 # run: the run it goes on from, if any, and its share of the time, in CPU seconds on one core of the README's machine.
 # In the order in which they are begun: the long ones first.
 PLAN = {
-    "small": (None, 12),
-    "scratch": (None, 32),
-    "never_grown": ("small", 60),
-    "middle": (None, 40),
-    "grown": ("small", 30),
-    "adamw_scratch": (None, 28),
+    "small": (None, 11),
+    "scratch": (None, 25),
+    "never_grown": ("small", 45),
+    "middle": (None, 32),
+    "sophia_scratch": (None, 30),
+    "sophia_grown": ("small", 28),
+    "grown": ("small", 23),
 }
 LINE_EVERY = 20  # seconds between two lines where there is no terminal
 
@@ -38,11 +40,12 @@ def run(*, data, device, seed, out, steps_scale, settings=None):
     """Run the demo; the exit code is 0, 2 for unusable text, 130 if interrupted: `out` then holds what had finished."""
     settings = (settings or Settings()).scaled(steps_scale)
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 100)  # a file has no width of its own
-    name, text = read_text(data)
-    least = settings.least_text()
-    if len(text) < least:
-        found = f"{len(text)} bytes of text" + (f" in files of {', '.join(TEXT_SUFFIXES)}" if data.is_dir() else "")
-        console.print(f"--data {name}: {found}, expected at least {least}", markup=False)
+    try:
+        name, text = read_text(data)
+        if len(text) < settings.least_text():
+            raise ValueError(f"{name}: {len(text)} bytes of text, expected at least {settings.least_text()}")
+    except ValueError as error:
+        console.print(f"--data {error}", markup=False)
         return 2
     if doubt := doubts(text):
         console.print(f"warning: --data {name} may be no text: {doubt}", markup=False, style="yellow")
