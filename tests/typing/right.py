@@ -1,17 +1,18 @@
 """Calls that an editor and a type checker must take as they are. Checked, never run."""
 
 from collections.abc import Iterator
-from typing import Any, assert_type
+from typing import Any
 
 import torch
 from torch import nn
+from typing_extensions import assert_type
 
 import growkit
 
 model = nn.Linear(4, 4)
 optimizer = growkit.SophiaG(model.parameters(), lr=1e-3, betas=(0.9, 0.99), rho=0.05, weight_decay=0.1)
 assert_type(optimizer, growkit.SophiaG)
-as_torch: torch.optim.Optimizer = growkit.SophiaH(model.parameters(), lr=torch.tensor(1e-3))
+as_torch: torch.optim.Optimizer = growkit.SophiaH(model.parameters(), lr=1e-3)
 growkit.SophiaG(growkit.param_groups(model, 0.1), state_dtype="8bit", bf16_update="master")
 growkit.SophiaG(growkit.param_groups(model, 0.1), **growkit.presets["gpt2-125m"])
 optimizer.attach(model, every=10, phase="official")

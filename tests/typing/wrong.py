@@ -6,7 +6,6 @@ import growkit
 
 model = nn.Linear(4, 4)
 growkit.LiGO(model, {"n_layer": 4}, start="losless")  # wrong
-growkit.LiGO(model, {"n_layer": "4"})  # wrong
 growkit.LiGO(model, {"n_layer": 4}, sharing="all")  # wrong
 growkit.LiGO(model, {"n_layer": 4}, seed="0")  # wrong
 growkit.LiGO(model)  # wrong
