@@ -22,7 +22,6 @@ SELECTION = {
     ("squared_norm", "float16"),
     ("sophia_step_8bit_", "float32, count"),
     ("sophia_step_8bit_", "bfloat16, stochastic"),
-    ("sophia_step_8bit_", "and refreshes, special values"),
     ("hutchinson_ema_8bit_", "given, bfloat16 g and u"),
     ("sampled_nll", "bfloat16"),
     ("sampled_nll", "float32, split rows"),
