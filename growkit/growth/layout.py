@@ -32,11 +32,11 @@ class Piece(NamedTuple):
 def pieces(entries: Sequence) -> list[Piece]:
     """The pieces of a row of a family's table."""
     at = _joined(entries)
-    variants = {"": entries}
-    if at is not None:
-        variants = {s.partition("_")[0]: [*entries[:at], s, *entries[at + 1 :]] for s in entries[at].sides}
+    joined = [] if at is None else list(entries[at].sides)
     found = []
-    for name, sides in variants.items():
+    for number, side in enumerate(joined or [None]):
+        sides = entries if side is None else [*entries[:at], side, *entries[at + 1 :]]
+        name = side.partition("_")[0] + str(number) * (joined.count(side) > 1) if side else ""
         grown = [d for d, side in enumerate(sides) if side]
         rest = [d for d, side in enumerate(sides) if not side]
         if len(grown) > 2:

@@ -12,12 +12,25 @@ from torch import nn
 from growkit import ops
 from growkit.growth.check import TOLERANCE, output_change
 from growkit.growth.families import FAMILIES
-from growkit.growth.families.table import Family, match
+from growkit.growth.families.table import Family
 from growkit.growth.fit import fit
-from growkit.growth.layout import assemble, matrices, pieces, shape_of
+from growkit.growth.layout import assemble, matrices, pieces
+from growkit.growth.obstacles import obstacles
+from growkit.growth.source import (
+    check_names,
+    class_of,
+    in_layers,
+    is_tied,
+    kept_buffers,
+    layer_counts,
+    meta,
+    table_rows,
+    unwrapped,
+)
 from growkit.growth.spaces import Map
-from growkit.growth.starts import STARTS, Growth, Random, depth_map, obstacles, source_layers, ties, width_maps
+from growkit.growth.starts import STARTS, Growth, Random, depth_map, source_layers
 from growkit.growth.target import grown_config
+from growkit.growth.widths import ties, width_maps
 from growkit.kron import plan
 
 StartName = Literal[
@@ -38,28 +51,6 @@ Sharing = Literal["model", "target", "source"]
 class Flops(NamedTuple):
     forward: int
     backward: int
-
-
-class Row(NamedTuple):
-    """One line of the family's table in one growth: parameters of one module type, small and large.
-
-    pattern: with "*" for the layer, without the backbone's prefix. entries: of the table, one per dimension.
-    keys: of `LiGO.depth`, one per joined piece; the layers of both sides are in order.
-    offset: what the model adds to the stored value.
-    """
-
-    pattern: str
-    entries: tuple
-    small_names: list[str]
-    names: list[str]
-    small_shape: list[int]
-    shape: list[int]
-    keys: list[str]
-    offset: float
-
-    @property
-    def layered(self) -> bool:
-        return "*" in self.pattern
 
 
 class LiGO(nn.Module):
@@ -116,7 +107,7 @@ class LiGO(nn.Module):
             raise ValueError(f"sharing: got {sharing!r}, expected 'model', 'target' or 'source'")
         self.sharing, self.seed = sharing, seed
         with torch.device("cpu"):  # a default device must not decide where maps are made
-            self._begin(_unwrapped(small_model), big_config, STARTS[start], family, weights)
+            self._begin(unwrapped(small_model), big_config, STARTS[start], family, weights)
         self.to(self._first_device)
         if start == "closest" and self.reason:
             warnings.warn(f"not lossless: {self.reason}; outputs change by {self.check():.2g} relative", stacklevel=2)
@@ -124,6 +115,8 @@ class LiGO(nn.Module):
     def _begin(self, small_model, big_config, start, family, weights):
         model = small_model if isinstance(small_model, nn.Module) else None
         self.small_config = copy.deepcopy(small_model if model is None else getattr(model, "config", None))
+        if self.small_config is not None:
+            vars(self.small_config).pop("quantization_config", None)  # its weights are floating point by now
         model_type = getattr(self.small_config, "model_type", None)
         family = family or FAMILIES.get(model_type)
         if family is None:
@@ -133,17 +126,17 @@ class LiGO(nn.Module):
             )
         if model is None and weights is None:
             raise ValueError("weights: got None with a config, expected a mapping of name to tensor")
-        self._model_class = type(model) if model is not None else _class_of(self.small_config)
-        L1, L2 = _layers(family, self.small_config, big_config)
+        self._model_class = type(model) if model is not None else class_of(self.small_config)
+        L1, L2 = layer_counts(family, self.small_config, big_config)
         source = source_layers(start.depth, L1, L2)
         self._small, self._big, self.config = grown_config(family, self.small_config, big_config, source)
         self.config.architectures = [self._model_class.__name__]
-        skeletons = [_meta(self._model_class, config) for config in (self.small_config, self.config)]
+        skeletons = [meta(self._model_class, config) for config in (self.small_config, self.config)]
         expected, grown = (dict(skeleton.named_parameters()) for skeleton in skeletons)
         self._source, self._generation_config = source, copy.deepcopy(getattr(model, "generation_config", None))
         if weights is None:
             weights = dict(model.named_parameters())
-            _check_names(weights, expected)
+            check_names(weights, expected)
         first = weights[next(iter(expected))]
         self._dtype, self._first_device = first.dtype, first.device
         if model is not None:
@@ -151,15 +144,14 @@ class LiGO(nn.Module):
         if not self._dtype.is_floating_point:
             raise ValueError(f"small_model: weights are {self._dtype}, expected floating point; dequantize it first")
 
-        self.rows = _rows(family, skeletons, self._small, self._big, self._model_class)
-        growth = Growth(family, self._small, self._big, start, self.small_config, _is_tied(family, skeletons[0]))
-        self._buffers_of_small = {} if model is None else _kept_buffers(model)
-        tolerance = TOLERANCE[self._dtype]
-        self.reason = "; ".join(obstacles(growth, tolerance))
+        self.rows = table_rows(family, skeletons, self._small, self._big, self._model_class)
+        growth = Growth(family, self._small, self._big, start, self.small_config, is_tied(family, skeletons[0]))
+        self._buffers_of_small = {} if model is None else kept_buffers(model)
+        random = Random(self.seed, torch.promote_types(self._dtype, torch.float32))
+        self.reason = "; ".join(obstacles(growth, TOLERANCE[random.dtype]))
         if self.reason and start.lossless:
             raise ValueError(f'big_config.{self.reason}; start="closest" comes near')
         self._rms = family.residual.norm == "rms"
-        random = Random(self.seed, torch.promote_types(self._dtype, torch.float32))
         self.depth, self._weights = nn.ParameterDict(), weights
         for row in self.rows:
             for key, piece in zip(row.keys, pieces(row.entries), strict=True):
@@ -269,10 +261,11 @@ class LiGO(nn.Module):
         Held at once: the small stack of one module type, the same widened, and one large tensor.
         """
         for row in self.rows:
-            yield from self._grown(row)
+            for name, value in self._grown(row):
+                yield name, value.to(self._dtype)
 
     def _grown(self, row):
-        """`tensors()` of one row."""
+        """`tensors()` of one row, in the dtype of the operators."""
         parts = self._arguments(row)
         if self.sharing != "target" or not row.layered:
             parts = [
@@ -281,7 +274,7 @@ class LiGO(nn.Module):
             ]
         for layer, name in enumerate(row.names):
             layers = [_layer(part, vectors, layer) for part, vectors in parts]
-            yield name, self._assemble(row, layers)[0].to(self._dtype)
+            yield name, self._assemble(row, layers)[0]
 
     @property
     def flops_per_expansion(self) -> Flops:
@@ -295,13 +288,14 @@ class LiGO(nn.Module):
         return Flops(forward, backward)
 
     @torch.no_grad()
-    def grow(self) -> nn.Module:
-        """The large model, of the small one's class and dtype, in eval mode, with its generation config and buffers.
+    def grow(self, dtype: torch.dtype | None = None) -> nn.Module:
+        """The large model, of the small one's class, in eval mode, with its generation config and buffers.
 
+        dtype: default the small model's.
         Its parameters are written in place, in panels: beside the model, memory for one small stack and about 64 MB, or
         256 MB where the stack of a row or column is so large that narrower panels would not pay (`plan.panels`).
         """
-        model = self.skeleton().eval()
+        model = self.skeleton(dtype).eval()
         parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
         others = []
         ops.kron_expand_into(self._parts_into(parameters, others))
@@ -327,12 +321,12 @@ class LiGO(nn.Module):
             for (part, vectors), *out in zip(arguments, *targets, strict=True):
                 yield dict(out=[y[0] for y in out], **part, **vectors)
 
-    def skeleton(self) -> nn.Module:
+    def skeleton(self, dtype: torch.dtype | None = None) -> nn.Module:
         """A model of the large config on the small one's device, its parameters of no meaning yet."""
-        model = self._build(self.config)
+        model = self._build(self.config, dtype)
         modules = dict(model.named_modules())
         for name, (value, persistent) in self._buffers_of_small.items():
-            for layer_name in _in_layers(name, self._source):
+            for layer_name in in_layers(name, self._source):
                 owner, _, leaf = layer_name.rpartition(".")
                 own = getattr(modules.get(owner), leaf, None)
                 if isinstance(own, torch.Tensor) and own.shape == value.shape:
@@ -341,18 +335,19 @@ class LiGO(nn.Module):
             model.generation_config = copy.deepcopy(self._generation_config)
         return model
 
-    def _build(self, config):
+    def _build(self, config, dtype):
         """A model of this config; the constructor draws weights that will be overwritten."""
-        config, devices = copy.deepcopy(config), [self._device] if self._device.type == "cuda" else []
+        dtype, config = dtype or self._dtype, copy.deepcopy(config)
+        devices = [self._device] if self._device.type == "cuda" else []
         with torch.random.fork_rng(devices), torch.device(self._device):
             if hasattr(self._model_class, "_from_config"):
-                return self._model_class._from_config(config, dtype=self._dtype)
-            return self._model_class(config).to(self._device, self._dtype)
+                return self._model_class._from_config(config, dtype=dtype)
+            return self._model_class(config).to(self._device, dtype)
 
     @torch.no_grad()
-    def small_model(self) -> nn.Module:
+    def small_model(self, dtype: torch.dtype | None = None) -> nn.Module:
         """The small model as this operator holds it, in eval mode."""
-        model = self._build(self.small_config).eval()
+        model = self._build(self.small_config, dtype).eval()
         parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
         for row in self.rows:
             stacks = [W[: len(row.small_names)] for W in self._stacks(row)]
@@ -367,17 +362,18 @@ class LiGO(nn.Module):
     def check(self, inputs: Mapping[str, torch.Tensor] | torch.Tensor | None = None) -> float:
         """`growth.check.output_change` of the present operators, on `inputs` or random ones from `seed`.
 
-        Builds both models.
+        Both models are built, in the dtype of the operators: what rounding to a narrower one does is not counted.
         """
-        return output_change(self.small_model(), self.grow(), inputs, self.seed)
+        dtype = self._operator_dtype
+        return output_change(self.small_model(dtype), self.grow(dtype), inputs, self.seed)
 
     @property
     def exact(self) -> bool:
-        """Whether `check()` finds a change that rounding explains: up to `TOLERANCE` of the dtype computed in, which is
-        float32 at most for RMSNorm models. Measured again whenever an operator has changed."""
+        """Whether `check()` finds a change that rounding explains: 1e-9 in float64, else 1e-4, as with any RMSNorm,
+        which transformers computes in float32. Measured again whenever an operator has changed."""
         present = [(id(t), t._version) for t in (*self.parameters(), *self.buffers())]
         if getattr(self, "_measured", (None,))[0] != present:
-            dtype = torch.float32 if self._rms and self._dtype == torch.float64 else self._dtype
+            dtype = torch.float32 if self._rms else self._operator_dtype
             self._measured = present, self.check() <= TOLERANCE[dtype]
         return self._measured[1]
 
@@ -392,123 +388,3 @@ def _layer(part, vectors, layer):
         if part[name] is not None and part[name].ndim == 3:
             part[name] = part[name][layer : layer + 1]
     return ops.kron_expand(**part), vectors
-
-
-def _unwrapped(model):
-    """The model inside torch.compile's and DDP's wrappers; ValueError for what has no plain weights."""
-    while isinstance(model, nn.Module):
-        if hasattr(model, "_orig_mod"):
-            model = model._orig_mod
-        elif isinstance(model, nn.parallel.DistributedDataParallel):
-            model = model.module
-        else:
-            break
-    if hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False):
-        raise ValueError(
-            f"small_model: got {type(model).__name__} with PEFT adapters, expected merge_and_unload() of it"
-        )
-    if isinstance(model, nn.Module):
-        for name, p in model.named_parameters():
-            if not p.is_floating_point() or type(p) not in (nn.Parameter, torch.Tensor):
-                raise ValueError(
-                    f"small_model: {name} is {type(p).__name__} of {p.dtype}, expected plain floating point: "
-                    f"a quantized model has to be dequantized and a sharded one gathered first"
-                )
-    return model
-
-
-def _class_of(config):
-    import transformers
-
-    name = next(iter(getattr(config, "architectures", None) or []), None)
-    if not hasattr(transformers, str(name)):
-        raise ValueError(f"small_model: config.architectures names {name!r}, expected a class of transformers")
-    return getattr(transformers, name)
-
-
-def _layers(family, config, wanted):
-    """Layers of the small and of the large model."""
-    large = family.layers.of(config)
-    if isinstance(wanted, Mapping):
-        return large, wanted.get(family.layers.field, large)
-    return large, getattr(wanted, family.layers.field, large)
-
-
-def _meta(model_class, config):
-    """The model with shapes and ties, without data."""
-    with torch.random.fork_rng([]), torch.device("meta"):
-        return model_class(copy.deepcopy(config))
-
-
-def _check_names(weights, expected):
-    for name in sorted(weights.keys() | expected.keys()):
-        got, wanted = (list(group[name].shape) if name in group else None for group in (weights, expected))
-        if got != wanted:
-            raise ValueError(f"small_model: {name} is {got}, expected {wanted} by the model's own config")
-
-
-def _is_tied(family, skeleton):
-    """Whether the output layer is another name of a parameter."""
-    every = {name for name, _ in skeleton.named_parameters(remove_duplicate=False)}
-    shared = every - {name for name, _ in skeleton.named_parameters()}
-    rows, _ = match(family, sorted(shared), getattr(skeleton, "base_model_prefix", ""))
-    return any("head_read" in entries for entries, _ in rows.values())
-
-
-def _rows(family, skeletons, small, big, model_class):
-    """The table's rows that this model has, checked against the shapes of both models."""
-    shapes = [{name: list(p.shape) for name, p in skeleton.named_parameters()} for skeleton in skeletons]
-    prefix = getattr(model_class, "base_model_prefix", "")
-    (rows, unknown), (grown, _) = (match(family, names, prefix) for names in shapes)
-    if unknown:
-        raise ValueError(
-            f"small_model: {model_class.__name__} has parameters that the family's table does not know: "
-            + ", ".join(unknown)
-        )
-    found = []
-    for pattern, (entries, names) in rows.items():
-        for sizes, shape, layers in ((small, shapes[0], names), (big, shapes[1], grown[pattern][1])):
-            if "*" in pattern and sorted(layers) != list(range(sizes["layers"])):
-                raise ValueError(
-                    f"small_model: {pattern} is in layers {sorted(layers)} of {sizes['layers']}, expected in all"
-                )
-            for name in layers.values():
-                if len(entries) != len(shape[name]) or shape_of(entries, sizes, shape[name]) != shape[name]:
-                    says = shape_of(entries, sizes, shape[name]) if len(entries) == len(shape[name]) else entries
-                    raise ValueError(f"family: {name} is {shape[name]}, the table says {says}")
-        local = pattern.rpartition("*.")[2]
-        keys = [f"{local}.{piece.name}".rstrip(".").replace(".", "_") for piece in pieces(entries)]
-        small_names, big_names = ([layers[t] for t in sorted(layers)] for layers in (names, grown[pattern][1]))
-        offset = family.residual.gain_offset if any(str(entry).endswith("_gain") for entry in entries) else 0.0
-        found.append(
-            Row(
-                pattern,
-                entries,
-                small_names,
-                big_names,
-                shapes[0][small_names[0]],
-                shapes[1][big_names[0]],
-                keys,
-                offset,
-            )
-        )
-    return found
-
-
-def _kept_buffers(model):
-    """Buffers by name, with whether they are saved."""
-    kept = {}
-    for prefix, module in model.named_modules():
-        for leaf, value in module.named_buffers(recurse=False):
-            name = f"{prefix}.{leaf}".lstrip(".")
-            kept[name] = value.detach().clone(), leaf not in module._non_persistent_buffers_set
-    return kept
-
-
-def _in_layers(name, source):
-    """Names in the large model of a buffer of the small one: one per layer that resembles the small layer."""
-    parts = name.split(".")
-    at = next((i for i, part in enumerate(parts) if part.isdigit()), None)
-    if at is None:
-        return [name]
-    return [".".join([*parts[:at], str(t), *parts[at + 1 :]]) for t, s in enumerate(source) if s == int(parts[at])]

@@ -26,6 +26,8 @@ def grown_config(
 ) -> tuple[dict[str, int], dict[str, int], Any]:
     """Sizes of the small config, sizes of the grown one by the same names, and the grown config.
 
+    Sizes of heads stay unless the wanted config says otherwise.
+
     wanted: a config of the same class, of which only the sizes and the fields that differ from its class's defaults
         count; or config field -> size.
     source: small layer of every large one; lists with one entry per layer grow along.
@@ -42,6 +44,9 @@ def grown_config(
             if not isinstance(value, int) or isinstance(value, bool):
                 raise ValueError(f"big_config.{name}: got {value!r}, expected an integer")
             setattr(grown, name, value)
+        heads, width = family.attention.heads.field, family.residual.size.of(grown)
+        if "head_dim" not in fields and heads not in wanted and width % small["head_dim"] == 0:
+            setattr(grown, heads, width // small["head_dim"])  # heads keep their size unless asked
     else:
         _check_type(config, wanted)
         for size in fields.values():

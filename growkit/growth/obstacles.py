@@ -1,0 +1,70 @@
+"""Why a growth cannot be lossless, known from sizes alone."""
+
+from growkit.growth.starts import Growth
+from growkit.growth.widths import groups_fit, rotary_dims
+
+
+def obstacles(growth: Growth, tolerance: float) -> list[str]:
+    """Why this growth cannot keep the function, each naming a field and the nearest size that would."""
+    family, small, big, start, config, _ = growth
+    fields, found = {name: size.field for name, size in family.fields().items()}, []
+    if start.width == "mixed":
+        found.append("the published start mixes neurons and layers at random")
+    if start.depth in ("stack", "interpolate", "overlap") and big["layers"] > small["layers"]:
+        found.append(
+            f"{fields['layers']}: layers that are there twice add to the stream twice: nearest {small['layers']}"
+        )
+    if start.width == "none":
+        widths = {field: (small[name], big[name]) for name, field in fields.items() if name not in family.tables}
+        for field, (old, new) in widths.items():
+            if field != fields["layers"] and new != old:
+                found.append(f"{field}: this start grows in depth only: got {new}, nearest {old}")
+    if growth.copied and big["residual"] % small["residual"]:
+        nearest = max(1, round(growth.ratio)) * small["residual"]
+        why = "a post-LN model" if family.residual.post_norm else "growth by copies"
+        found.append(
+            f"{fields['residual']}: {why} keeps its function only if {fields['residual']} is a multiple of "
+            f"{small['residual']}: got {big['residual']}, nearest {nearest}"
+        )
+    if start.width == "zeros" and family.residual.norm == "layer" and growth.ratio > 1:
+        found.append(
+            f"{fields['residual']}: zeros shift the mean that LayerNorm subtracts, nearest {small['residual']}"
+        )
+    eps = getattr(config, family.residual.eps, 0.0)
+    if family.residual.post_norm and big["layers"] > small["layers"] and eps > tolerance:
+        found.append(
+            f"{fields['layers']}: a new post-LN layer divides once more by sqrt(variance + {family.residual.eps}), "
+            f"which at {eps:g} is above the {tolerance:g} that is asked of this dtype: got {big['layers']}, "
+            f"nearest {small['layers']}"
+        )
+    if not groups_fit(small["heads"] // small["kv_heads"], big["heads"], big["kv_heads"], small["kv_heads"]):
+        found.append(_grouping_words(fields, small, big))
+    if big["head_dim"] != small["head_dim"]:
+        field = fields.get("head_dim", fields["heads"])
+        got = f"got {big['head_dim']}, nearest {small['head_dim']}"
+        if family.attention.normed:
+            found.append(f"{field}: heads whose queries and keys are normed keep their size: {got}")
+        elif rotated := rotary_dims(growth, small["head_dim"]):
+            grown = rotary_dims(growth, big["head_dim"])
+            if grown % rotated or grown // rotated * small["head_dim"] != big["head_dim"]:
+                nearest = max(1, round(big["head_dim"] / small["head_dim"])) * small["head_dim"]
+                found.append(
+                    f"{field}: rotary frequencies stay only in heads of a multiple of {small['head_dim']}: "
+                    f"got {big['head_dim']}, nearest {nearest}"
+                )
+    if start.depth == "overlap" and big["layers"] > 2 * small["layers"]:
+        raise ValueError(  # of any kind: there is no such growth
+            f"big_config.{fields['layers']}: two overlapping copies of {small['layers']} layers make at most "
+            f"{2 * small['layers']}: got {big['layers']}"
+        )
+    return found
+
+
+def _grouping_words(fields, small, big):
+    g1, heads = small["heads"] // small["kv_heads"], big["heads"]
+    fit = [K for K in range(1, heads + 1) if heads % K == 0 and groups_fit(g1, heads, K, small["kv_heads"])]
+    nearest = min(fit, key=lambda K: abs(K - big["kv_heads"]), default=None)
+    return (
+        f"{fields['kv_heads']}: {small['kv_heads']} groups of {g1} queries find no place in {big['kv_heads']} groups "
+        f"of {heads // big['kv_heads']}: got {big['kv_heads']}, nearest {nearest}"
+    )

@@ -1,0 +1,155 @@
+"""What growth reads of a small model: its class, the rows of its family's table with checked shapes, its buffers."""
+
+import copy
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from growkit.growth.families.table import match
+from growkit.growth.layout import pieces, shape_of
+
+
+class Row(NamedTuple):
+    """One line of the family's table in one growth: parameters of one module type, small and large.
+
+    pattern: with "*" for the layer, without the backbone's prefix. entries: of the table, one per dimension.
+    keys: of `LiGO.depth`, one per joined piece; the layers of both sides are in order.
+    offset: what the model adds to the stored value.
+    """
+
+    pattern: str
+    entries: tuple
+    small_names: list[str]
+    names: list[str]
+    small_shape: list[int]
+    shape: list[int]
+    keys: list[str]
+    offset: float
+
+    @property
+    def layered(self) -> bool:
+        return "*" in self.pattern
+
+
+def unwrapped(model):
+    """The model inside torch.compile's and DDP's wrappers; ValueError for what has no plain weights."""
+    while isinstance(model, nn.Module):
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        else:
+            break
+    if hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False):
+        raise ValueError(
+            f"small_model: got {type(model).__name__} with PEFT adapters, expected merge_and_unload() of it"
+        )
+    if isinstance(model, nn.Module):
+        for name, p in model.named_parameters():
+            if not p.is_floating_point() or type(p) not in (nn.Parameter, torch.Tensor):
+                raise ValueError(
+                    f"small_model: {name} is {type(p).__name__} of {p.dtype}, expected plain floating point: "
+                    f"a quantized model has to be dequantized and a sharded one gathered first"
+                )
+            if p.is_meta:
+                raise ValueError(f"small_model: {name} is on the meta device, expected weights")
+    return model
+
+
+def class_of(config):
+    import transformers
+
+    name = next(iter(getattr(config, "architectures", None) or []), None)
+    if not hasattr(transformers, str(name)):
+        raise ValueError(f"small_model: config.architectures names {name!r}, expected a class of transformers")
+    return getattr(transformers, name)
+
+
+def layer_counts(family, config, wanted):
+    """Layers of the small and of the large model."""
+    large = family.layers.of(config)
+    if isinstance(wanted, Mapping):
+        return large, wanted.get(family.layers.field, large)
+    return large, getattr(wanted, family.layers.field, large)
+
+
+def meta(model_class, config):
+    """The model with shapes and ties, without data."""
+    with torch.random.fork_rng([]), torch.device("meta"):
+        return model_class(copy.deepcopy(config))
+
+
+def check_names(weights, expected):
+    for name in sorted(weights.keys() | expected.keys()):
+        got, wanted = (list(group[name].shape) if name in group else None for group in (weights, expected))
+        if got != wanted:
+            raise ValueError(f"small_model: {name} is {got}, expected {wanted} by the model's own config")
+
+
+def is_tied(family, skeleton):
+    """Whether the output layer is another name of a parameter."""
+    every = {name for name, _ in skeleton.named_parameters(remove_duplicate=False)}
+    shared = every - {name for name, _ in skeleton.named_parameters()}
+    rows, _ = match(family, sorted(shared), getattr(skeleton, "base_model_prefix", ""))
+    return any("head_read" in entries for entries, _ in rows.values())
+
+
+def table_rows(family, skeletons, small, big, model_class):
+    """The table's rows that this model has, checked against the shapes of both models."""
+    shapes = [{name: list(p.shape) for name, p in skeleton.named_parameters()} for skeleton in skeletons]
+    prefix = getattr(model_class, "base_model_prefix", "")
+    (rows, unknown), (grown, _) = (match(family, names, prefix) for names in shapes)
+    if unknown:
+        raise ValueError(
+            f"small_model: {model_class.__name__} has parameters that the family's table does not know: "
+            + ", ".join(unknown)
+        )
+    found = []
+    for pattern, (entries, names) in rows.items():
+        for sizes, shape, layers in ((small, shapes[0], names), (big, shapes[1], grown[pattern][1])):
+            if "*" in pattern and sorted(layers) != list(range(sizes["layers"])):
+                raise ValueError(
+                    f"small_model: {pattern} is in layers {sorted(layers)} of {sizes['layers']}, expected in all"
+                )
+            for name in layers.values():
+                if len(entries) != len(shape[name]) or shape_of(entries, sizes, shape[name]) != shape[name]:
+                    says = shape_of(entries, sizes, shape[name]) if len(entries) == len(shape[name]) else entries
+                    raise ValueError(f"family: {name} is {shape[name]}, the table says {says}")
+        local = pattern.rpartition("*.")[2]
+        keys = [f"{local}.{piece.name}".rstrip(".").replace(".", "_") for piece in pieces(entries)]
+        small_names, big_names = ([layers[t] for t in sorted(layers)] for layers in (names, grown[pattern][1]))
+        offset = family.residual.gain_offset if any(str(entry).endswith("_gain") for entry in entries) else 0.0
+        found.append(
+            Row(
+                pattern,
+                entries,
+                small_names,
+                big_names,
+                shapes[0][small_names[0]],
+                shapes[1][big_names[0]],
+                keys,
+                offset,
+            )
+        )
+    return found
+
+
+def kept_buffers(model):
+    """Buffers by name, with whether they are saved."""
+    kept = {}
+    for prefix, module in model.named_modules():
+        for leaf, value in module.named_buffers(recurse=False):
+            name = f"{prefix}.{leaf}".lstrip(".")
+            kept[name] = value.detach().clone(), leaf not in module._non_persistent_buffers_set
+    return kept
+
+
+def in_layers(name, source):
+    """Names in the large model of a buffer of the small one: one per layer that resembles the small layer."""
+    parts = name.split(".")
+    at = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+    if at is None:
+        return [name]
+    return [".".join([*parts[:at], str(t), *parts[at + 1 :]]) for t, s in enumerate(source) if s == int(parts[at])]

@@ -1,0 +1,276 @@
+"""Maps of every space, from a family's table, its sizes and the kind of growth.
+
+Widening adds coordinates that write what leaves the norm's statistics as they are and are read as nothing, or copies
+that are read in parts summing to one.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from growkit.growth.families.table import size_of
+from growkit.growth.spaces import Copy, Extension, HeadStructured, HeadTop, Identity, IdentityTop, Map
+from growkit.growth.starts import Growth, Random, source_layers
+
+
+def width_maps(
+    growth: Growth, sides: set[str], layers: Sequence[int], layered: set[str], random: Random
+) -> dict[str, Map]:
+    """A map for every side.
+
+    layers: leading dimensions of maps that layers do not share, for heads and the spaces in `layered`.
+    """
+    mixing = {side for side in sides if side.partition("_")[0] not in growth.family.tables}
+    build = _mixed if growth.start.width == "mixed" else _structured
+    maps = build(growth, mixing, layers, layered, random)
+    for space in growth.family.tables:  # new rows leave the old ones alone, whatever the start
+        old, new = growth.small[space], growth.big[space]
+        if new != old:
+            copied = Copy(torch.arange(new) % old, old) if space == "positions" else Extension(old, new)
+            maps[f"{space}_write"] = copied
+    return {side: maps[side] for side in sides if side in maps}
+
+
+def ties(growth: Growth, sides: set[str]) -> dict[str, str]:
+    """Of the published start, A = B: what reads a space, or normalises it, uses the map of what writes it."""
+    if growth.start.width != "mixed":
+        return {}
+    head = "head_write" if "head_write" in sides and not growth.tied else "residual_write"
+    found = {}
+    for side in sides:
+        space, _, role = side.partition("_")
+        writer = head if space == "head" else f"{space}_write"
+        alike = writer in sides and size_of(side, growth.small) == size_of(writer, growth.small)
+        if side != writer and alike and size_of(side, growth.big) == size_of(writer, growth.big):
+            found[side] = writer
+    return found
+
+
+def _mixed(growth, sides, layers, layered, random):
+    """The published `rand`: rows of U(0, 1) divided by their sum: a new coordinate is about the mean of the old."""
+    maps = {}
+    for side in sorted(sides):
+        space = side.partition("_")[0]
+        old, new = (size_of(side, sizes) for sizes in (growth.small, growth.big))
+        C = random.uniform(*(layers if space in layered else ()), new - old, old)
+        maps[side] = _top(C / C.sum(-1, keepdim=True))
+    return maps
+
+
+def _structured(growth, sides, layers, layered, random):
+    maps = _residual(growth, random)
+    for space in growth.family.hidden:
+        if space != "head":
+            maps |= _hidden(growth, space, layers if space in layered else (), space in layered, random)
+    if "head_write" in sides:
+        maps |= _normed_head(growth, random)
+    return maps | _attention(growth, layers, random)
+
+
+def _top(C, scale=1.0):
+    """scale * [I; C]"""
+    return (
+        IdentityTop(C, scale) if C.shape[-2] or not isinstance(scale, float) or scale != 1.0 else Identity(C.shape[-1])
+    )
+
+
+def _shares(index, small, random=None):
+    """Parts that sum to 1 over the copies of each old coordinate.
+
+    Never equal ones: copies with equal parts would get equal gradients for ever. random: drawn, else in proportion
+    n, n-1, ..., 1 for n copies.
+    """
+    count = torch.bincount(index, minlength=small)[index]
+    seen = torch.zeros(small, dtype=torch.int64)
+    rank = torch.empty_like(index)
+    for new, old in enumerate(index.tolist()):
+        rank[new] = seen[old]
+        seen[old] += 1
+    part = (count - rank).double()
+    if random is not None:
+        part = 0.5 + random.uniform(len(index)).double()
+    return part / torch.zeros(small, dtype=torch.float64).index_add(0, index, part)[index]
+
+
+def _residual(growth, random):
+    D1, D2 = growth.small["residual"], growth.big["residual"]
+    new, dtype = (D2 - D1, D1), random.dtype
+    zeros, mean = torch.zeros(new, dtype=dtype), torch.full(new, 1 / D1, dtype=dtype)
+    if growth.copied and D2 % D1 == 0:
+        # A tied head reads every copy whole, so its norm is divided instead.
+        index = torch.arange(D2) % D1
+        whole, shares = torch.eye(D1, dtype=dtype)[index[D1:]], _shares(index, D1).to(dtype)
+        maps = {f"residual_{role}": _top(whole.clone()) for role in ("write", "gain", "shift")}
+        maps["residual_read"] = _top(whole.clone(), _scale(shares))
+        maps["head_read"] = _top(whole.clone(), _scale(shares))
+        for role in ("gain", "shift"):
+            maps[f"head_{role}"] = _top(whole.clone(), _scale(shares) if growth.tied else 1.0)
+        return maps
+    if growth.family.residual.post_norm:  # near: the mean is kept, the variance is not
+        maps = {f"residual_{role}": _top(mean.clone()) for role in ("write", "shift")}
+        maps["residual_gain"] = _top(random.normal(*new), math.sqrt(D1 / D2))
+        maps["residual_read"] = _top(zeros.clone())
+        return maps | {f"head_{role}": _top(zeros.clone()) for role in ("read", "gain", "shift")}
+    # LayerNorm: new coordinates carry the mean of the old ones (LEMON, arXiv:2310.07999), RMSNorm: zero. Either way
+    # they leave the norm as 0 times the gain, and a stream that is longer by k has the statistics it had.
+    k = math.sqrt(D2 / D1)
+    centred = growth.family.residual.norm == "layer" and growth.start.width != "zeros"
+    unread = growth.family.residual.norm == "layer"  # where the shift reaches new coordinates, nothing may read them
+    read = zeros if unread else random.normal(*new)
+    maps = {
+        "residual_write": _top(mean.clone() if centred else zeros.clone(), k),
+        "residual_read": _top(read.clone()),
+        "residual_gain": _top(random.normal(*new), 1 / k),
+        "residual_shift": _top(random.normal(*new)),
+        "head_read": _top(zeros.clone() if unread else random.normal(*new)),
+        # The tied head is the embedding, k times longer.
+        "head_gain": _top(random.normal(*new), 1 / k**2 if growth.tied else 1 / k),
+        "head_shift": _top(zeros.clone(), 1 / k) if growth.tied else _top(random.normal(*new)),
+    }
+    return maps
+
+
+def _scale(shares):
+    """One number where all parts are equal, as without copies."""
+    return float(shares[0]) if bool((shares == shares[0]).all()) else shares
+
+
+def _layered_scale(growth, index, shares):
+    """[L2, large] `shares` in layers that stay; in layers that skip, parts that sum to 0.
+
+    There nothing would tell copies apart that are read as zero.
+    """
+    source = source_layers(growth.start.depth, growth.small["layers"], growth.big["layers"])
+    skips = torch.tensor([t > 0 and source[t - 1] == s for t, s in enumerate(source)])
+    if not skips.any():
+        return _scale(shares)
+    return torch.where(skips[:, None], shares - 1 / torch.bincount(index)[index].to(shares.dtype), shares)
+
+
+def _hidden(growth, space, layers, layered, random):
+    """Units that act one by one: any new ones will do that nothing reads, or copies read in parts."""
+    F1, F2 = growth.small[space], growth.big[space]
+    if growth.start.width in ("copies", "split"):
+        index = torch.arange(F2) % F1
+        C = torch.eye(F1, dtype=random.dtype)[index[F1:]].expand(*layers, -1, -1)
+        shares = _shares(index, F1, random if growth.start.width == "split" else None).to(random.dtype)
+        scale = _layered_scale(growth, index, shares) if layered else _scale(shares)
+        return {f"{space}_write": _top(C.clone()), f"{space}_read": _top(C.clone(), scale)}
+    zeros = torch.zeros(*layers, F2 - F1, F1, dtype=random.dtype)
+    return {f"{space}_write": _top(random.normal(*layers, F2 - F1, F1)), f"{space}_read": _top(zeros)}
+
+
+def _normed_head(growth, random):
+    """The MLM head's own units have a norm: copies keep its statistics, an even selection nearly does."""
+    H1, H2, dtype = growth.small["head"], growth.big["head"], random.dtype
+    eye = torch.eye(H1, dtype=dtype)
+    if H2 % H1:
+        chosen = eye[torch.arange(H2 - H1) * H1 // (H2 - H1) % H1]
+        zeros = torch.zeros_like(chosen)
+        maps = {f"head_{role}": _top(zeros.clone() if growth.tied else chosen.clone()) for role in ("gain", "shift")}
+        return maps | {"head_write": _top(chosen.clone()), "head_read": _top(zeros.clone())}
+    index = torch.arange(H2) % H1
+    whole, shares = eye[index[H1:]], _scale(_shares(index, H1).to(dtype))
+    maps = {f"head_{role}": _top(whole.clone(), shares if growth.tied else 1.0) for role in ("gain", "shift")}
+    return maps | {"head_write": _top(whole.clone()), "head_read": _top(whole.clone(), shares)}
+
+
+def rotary_dims(growth: Growth, head_dim: int) -> int:
+    """Dimensions of a head that are rotated."""
+    rotary = growth.family.attention.rotary
+    return int(head_dim * (rotary(growth.config) if callable(rotary) else rotary))
+
+
+def groups_fit(g1: int, H2: int, K2: int, K1: int) -> bool:
+    """Whether every old group of g1 queries finds a place with a key and value of its own."""
+    return K1 * -(-g1 // (H2 // K2)) <= K2
+
+
+def _placed(growth):
+    """For every new key and value head, and for every new query head, the old one it holds; -1 is none.
+
+    A query finds its key and value by its group: old groups come first, cut in several where new ones are smaller. The
+    last queries of a group are lost where there are too few new ones.
+    """
+    H1, K1, H2, K2 = (sizes[name] for sizes in (growth.small, growth.big) for name in ("heads", "kv_heads"))
+    g1, g2 = H1 // K1, H2 // K2
+    cuts = [min(-(-g1 // g2), -(-(K2 - k) // K1)) for k in range(K1)]
+    keys = [k for k in range(K1) for _ in range(cuts[k])]
+    cut = [c for k in range(K1) for c in range(cuts[k])]
+    queries = []
+    for h in range(H2):
+        k, r = h // g2, h % g2
+        r += cut[k] * g2 if k < len(keys) else 0
+        queries.append(keys[k] * g1 + r if k < len(keys) and r < g1 else -1)
+    return keys + [-1] * (K2 - len(keys)), queries
+
+
+def _attention(growth, layers, random):
+    family, small, big = growth.family, growth.small, growth.big
+    H1, H2, K1, d1, d2 = small["heads"], big["heads"], small["kv_heads"], small["head_dim"], big["head_dim"]
+    (keys, queries), read_scale = _placed(growth), 1.0
+    if growth.start.width in ("copies", "split"):
+        g1, g2 = H1 // K1, H2 // big["kv_heads"]
+        firsts = sum(k >= 0 for k in keys)
+        keys = [k if k >= 0 else keys[j % firsts] for j, k in enumerate(keys)]
+        queries = [q if q >= 0 else keys[h // g2] * g1 + h % g2 % g1 for h, q in enumerate(queries)]
+        index = torch.tensor(queries)
+        shares = _shares(index, H1, random if growth.start.width == "split" else None).to(random.dtype)
+        read_scale = _layered_scale(growth, index, shares)
+        if isinstance(read_scale, torch.Tensor):
+            read_scale = read_scale.repeat_interleave(d2, -1)
+    slots = _slots(growth, d1, d2)
+    same = torch.eye(d1, dtype=random.dtype)[slots] * (slots >= 0)[:, None]  # [d2, d1], new dimensions zero
+    fresh = same + (slots < 0)[:, None] * random.normal(d2, d1)
+    # Scores are divided by sqrt(head_dim). New query dimensions are zero, new key dimensions are not: both zero would
+    # leave both without gradient.
+    scaled = getattr(growth.config, family.attention.scaled, True) if family.attention.scaled else True
+    scale = math.sqrt(d2 / d1) if scaled else 1.0
+    rotary = bool(rotary_dims(growth, d1))
+
+    def heads(placed, old, R, scale=1.0, unread=False):
+        """Old heads where they are placed; others are random, or nothing."""
+        first = placed[:old] == list(range(old)) and d1 == d2
+        if first and not rotary and -1 in placed[old:] and not unread:  # new heads mix all old coordinates
+            return _top(random.normal(*layers, (len(placed) - old) * d1, old * d1), scale)
+        P = torch.zeros(len(placed), old, dtype=random.dtype)
+        for new, source in enumerate(placed):
+            if source >= 0:
+                P[new, source] = 1.0
+            elif not unread:
+                P[new] = random.normal(old)
+        if first:
+            if not rotary:
+                return _top(torch.kron(P[old:], torch.eye(d1, dtype=P.dtype)).expand(*layers, -1, -1).clone(), scale)
+            C = P[old:].expand(*layers, -1, -1).clone()
+            return HeadTop(C, d1, scale) if len(placed) > old else _top(P.new_empty(0, old * d1), scale)
+        if d1 == d2:
+            return HeadStructured(P.expand(*layers, -1, -1).clone(), d1, scale)
+        return HeadStructured(*(M.expand(*layers, -1, -1).clone() for M in (P, R)), scale)
+
+    maps = {
+        "query_write": heads(queries, H1, same, scale),
+        "key_write": heads(keys, K1, fresh),
+        "value_write": heads(keys, K1, fresh),
+        "value_read": heads(queries, H1, same, read_scale, unread=True),
+    }
+    for side in ("query_gain", "key_gain"):
+        maps[side] = Identity(d1) if d1 == d2 else IdentityTop(random.normal(d2 - d1, d1))
+    return maps
+
+
+def _slots(growth, d1, d2):
+    """For every dimension of a new head the old one it holds, -1 for none.
+
+    Rotated dimensions are pairs (j, j + half) of one frequency, theta^(-j / half): in a head m times as large the
+    frequency stands at m j.
+    """
+    slots = torch.full((d2,), -1)
+    rotated, grown = rotary_dims(growth, d1), rotary_dims(growth, d2)
+    for j in range(rotated // 2):
+        new = round(j * grown / rotated) if rotated else j
+        slots[new], slots[new + grown // 2] = j, j + rotated // 2
+    for j in range(rotated, d1):
+        slots[grown + j - rotated] = j
+    return slots
