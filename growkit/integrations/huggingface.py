@@ -41,6 +41,7 @@ class Sophia:
         weight_decay = trainer.args.weight_decay if weight_decay is None else weight_decay
         built = optimizer(param_groups(model, weight_decay, no_decay=no_decay), lr=lr, **options)
         built.attach(model, every, **(attach or {}))
+        model.register_forward_pre_hook(_with_logits, with_kwargs=True)
         if trainer is not None:
             log_metrics(trainer)
         return built
@@ -50,6 +51,13 @@ def _caller() -> Trainer | None:
     """The Trainer whose method called Sophia(): a factory is handed the model, but neither it nor its arguments."""
     trainer = inspect.currentframe().f_back.f_back.f_locals.get("self")
     return trainer if isinstance(trainer, Trainer) else None
+
+
+def _with_logits(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    """TRL has its models compute a loss without logits; a refresh, which calls without labels, needs the logits."""
+    if kwargs.get("fused_lm_head") and kwargs.get("labels") is None and kwargs.get("shift_labels") is None:
+        return args, {name: value for name, value in kwargs.items() if name != "fused_lm_head"}
+    return None
 
 
 def log_metrics(trainer: Trainer) -> None:

@@ -16,7 +16,7 @@ import torch
 import growkit
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-LOOPS = ["plain", "trainer", "accelerate_loop", "lightning_loop", "torchtitan_loop", "litgpt_pretrain"]
+LOOPS = ["plain", "trainer", "accelerate_loop", "lightning_loop", "torchtitan_loop", "litgpt_pretrain", "sft"]
 
 pytest.importorskip("transformers")
 
@@ -186,7 +186,13 @@ def test_lightning_is_the_plain_loop_and_logs_metrics(plain_model, automatic, tm
     assert "sophia/unclipped" in header and "sophia/h_q50" in header
 
 
-# --- litgpt, torchtitan ---
+# --- TRL, litgpt, torchtitan ---
+
+
+def test_sft_is_the_plain_loop_though_its_training_calls_return_no_logits():
+    trainer = example("sft", "trl").main(steps=12)
+    assert_same_parameters(trainer.model, micro_batch_loop(4, 1, 12), bound=1e-5)  # its loss is formed in float32
+    assert trainer.state.log_history[0]["sophia/refreshes"] == 2
 
 
 def test_torchtitan_is_the_plain_loop(plain_model):
