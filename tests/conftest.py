@@ -19,7 +19,7 @@ def pytest_collection_modifyitems(config, items):
         # What a whole module shares is made by one worker, once; every other test goes to whichever worker is free.
         shared = [d for found in item._fixtureinfo.name2fixturedefs.values() for d in found if d.scope == "module"]
         if shared:
-            item.add_marker(pytest.mark.xdist_group(item.path.name))
+            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
         if "slow" in item.keywords and "slow" not in config.option.markexpr:
@@ -27,8 +27,8 @@ def pytest_collection_modifyitems(config, items):
 
 
 @pytest.fixture(scope="session")
-def compiled(request, tmp_path_factory):
-    """compiled(make, *inputs): a folder that make(folder) filled, now or in an earlier run with the same inputs.
+def compiled_once(request, tmp_path_factory):
+    """compiled_once(make, *inputs): a folder that make(folder) filled, now or in an earlier run with the same inputs.
 
     inputs: everything that the result depends on; of files and folders (Path) the content counts, of all else the repr.
     Kept in pytest's cache, which git ignores and `pytest --cache-clear` and `make clean` remove.

@@ -213,7 +213,7 @@ def test_kernels_run_on_the_host(tmp_path):
 
 
 def toolchain(*compilers):
-    """What a build depends on beside sources and flags, for the fixture `compiled`."""
+    """What a build depends on beside sources and flags, for the fixture `compiled_once`."""
     told = [run(compiler, "--version", cwd=ROOT) for compiler in compilers]
     read = {k: v for k, v in os.environ.items() if re.search("NVCC|CUDA|CPATH|INCLUDE|LIBRARY_PATH|GROWKIT|FLAGS", k)}
     pybind11 = importlib.metadata.version("pybind11") if importlib.util.find_spec("pybind11") else None
@@ -221,7 +221,7 @@ def toolchain(*compilers):
 
 
 @pytest.fixture(scope="module")
-def built(compiled, tmp_path_factory):
+def built(compiled_once, tmp_path_factory):
     """setup.py's own build for sm_80, sm_90, sm_100 beside whatever torch is here: the library and what nvcc said."""
     source = checkout(tmp_path_factory.mktemp("cuda"))
     environment = dict(
@@ -236,7 +236,7 @@ def built(compiled, tmp_path_factory):
         shutil.copy(library, folder)
         (folder / "said.txt").write_text(said)
 
-    kept = compiled(build, SOURCE, ROOT / "setup.py", environment, toolchain(nvcc_home() / "bin/nvcc", "g++"))
+    kept = compiled_once(build, SOURCE, ROOT / "setup.py", environment, toolchain(nvcc_home() / "bin/nvcc", "g++"))
     (library,) = kept.glob("_C*.so")
     return Path(shutil.copy(library, source / "growkit")), (kept / "said.txt").read_text()
 

@@ -174,7 +174,7 @@ def test_unwritten_outputs_are_nan():
     assert all(tensor.isnan().all() for tensor in made)
 
 
-def test_what_was_compiled_of_other_inputs_is_not_used_again(compiled, tmp_path):
+def test_what_was_compiled_of_other_inputs_is_not_used_again(compiled_once, tmp_path):
     """The fixture of conftest.py: the content of each file and every flag count, and a failed build leaves nothing."""
     source, home, made = tmp_path / "source", tmp_path / "home", []
     source.mkdir(), home.mkdir()
@@ -184,18 +184,18 @@ def test_what_was_compiled_of_other_inputs_is_not_used_again(compiled, tmp_path)
         made.append(folder)
         (folder / "out").write_text(str(len(made)))
 
-    first = compiled(make, source, "-O2", home=home)
-    assert compiled(make, source, "-O2", home=home) == first and (first / "out").read_text() == "1"
-    assert compiled(make, source, "-O3", home=home) != first
+    first = compiled_once(make, source, "-O2", home=home)
+    assert compiled_once(make, source, "-O2", home=home) == first and (first / "out").read_text() == "1"
+    assert compiled_once(make, source, "-O3", home=home) != first
     (source / "a.cu").write_text("// ")
-    assert compiled(make, source, "-O2", home=home) != first
+    assert compiled_once(make, source, "-O2", home=home) != first
     (source / "b.h").write_text("")
-    assert compiled(make, source, "-O2", home=home) != first and len(made) == 4
+    assert compiled_once(make, source, "-O2", home=home) != first and len(made) == 4
 
     def fail(folder):
         (folder / "out").write_text("half")
         raise ValueError("no compiler")
 
     with pytest.raises(ValueError, match="no compiler"):
-        compiled(fail, source, "-O1", home=home)
-    assert compiled(make, source, "-O1", home=home) and len(made) == 5
+        compiled_once(fail, source, "-O1", home=home)
+    assert compiled_once(make, source, "-O1", home=home) and len(made) == 5
