@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 runs = pytest.importorskip("growkit.demo.runs", reason="needs growkit[demo]")
 from transformers import GPT2LMHeadModel  # noqa: E402
 
+from growkit.__main__ import main  # noqa: E402
 from growkit.demo import report, story  # noqa: E402
 from growkit.demo.settings import SPREAD, Settings, read_text  # noqa: E402
 
@@ -176,6 +177,39 @@ def test_without_a_terminal_a_line_now_and_then_says_how_long(capsys, monkeypatc
         "  22 s: small 40% at 4.00 bits/byte; about 198 s left",
         "  44 s: small 80% at 4.00 bits/byte; about 176 s left",
     ]
+
+
+def test_a_checkpoint_of_ones_own_is_grown_and_trained(done, text, tmp_path, capsys):
+    """The demo's own small model, which knows bytes and has no tokenizer."""
+    words = ["--pretrained", str(done[1] / "small"), "--data", str(text), "--out", str(tmp_path / "own")]
+    assert main(["demo", *words]) == 0
+    printed = capsys.readouterr().out
+    final = json.loads((tmp_path / "own" / "results.json").read_text())["final"]
+    assert final["logit_change"] < 1e-5 and final["grown_start"] == pytest.approx(final["small"], abs=1e-5)
+    assert final["grown"] < final["grown_start"] and f"{final['grown']:.4f}" in printed
+    for name in ("grown", "trained"):
+        _, info = GPT2LMHeadModel.from_pretrained(tmp_path / "own" / name, output_loading_info=True)
+        assert not any(info.values())
+
+
+@pytest.mark.parametrize(
+    ("folder", "data", "words"),
+    [
+        ("empty", "topics.txt", "has no config.json"),
+        ("small", "short.txt", "tokens, expected at least"),
+        ("small", "binary.bin", "is no text: byte 128"),
+    ],
+)
+def test_a_checkpoint_or_text_that_cannot_be_used_is_refused(done, text, tmp_path, capsys, folder, data, words):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "small").symlink_to(done[1] / "small")
+    (tmp_path / "topics.txt").write_bytes(TEXT)
+    (tmp_path / "short.txt").write_bytes(TEXT[:100])
+    (tmp_path / "binary.bin").write_bytes(bytes(range(256)) * 20)
+    names = {"--pretrained": folder, "--data": data, "--out": "out"}
+    assert main(["demo", *(word for flag, name in names.items() for word in (flag, str(tmp_path / name)))]) == 2
+    assert words in " ".join(capsys.readouterr().out.split())
+    assert not (tmp_path / "out" / "grown").exists()
 
 
 def test_too_little_text_is_refused(tmp_path, capsys):

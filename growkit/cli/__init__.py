@@ -3,6 +3,7 @@
 import importlib.metadata
 import importlib.util
 import platform
+from pathlib import Path
 
 import click
 
@@ -45,6 +46,13 @@ command.add_command(inspect)
     show_default="text that comes with Python",
     help="A text file, or a folder whose .txt, .md, .rst, .py, .tex and .html files are read, e.g. --data notes.txt",
 )
+@click.option(
+    "--pretrained",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    metavar="FOLDER",
+    show_default="off",
+    help="Grow this causal model of yours instead and train it on, e.g. --pretrained growkit-demo/small",
+)
 @click.option("--device", type=Device(), default="auto", help="Where to train, e.g. --device cpu")
 @click.option("--seed", type=int, default=0, help="Of weights, batches and labels, e.g. --seed 1")
 @click.option("--out", type=OUT_FOLDER, default="growkit-demo", help="Folder for the results, e.g. --out runs/first")
@@ -54,14 +62,19 @@ command.add_command(inspect)
     default=1.0,
     help="Multiplies every number of steps, e.g. --steps-scale 0.05 for a quick look",
 )
-def demo(**options):
+def demo(pretrained, **options):
     """Train small, grow, train on: on real text, with no download and no GPU."""
     missing = [package for package in DEMO_NEEDS if not importlib.util.find_spec(package)]
     if missing:
         raise click.ClickException(f"growkit demo needs {' and '.join(missing)}: pip install {' '.join(missing)}")
-    from growkit.demo.story import run  # here, because it imports what has just been asked for
-
+    # Here, because they import what has just been asked for.
     with keyboard_interrupts():
+        if pretrained:
+            from growkit.demo import pretrained as own
+
+            return own.run(folder=pretrained, **options)
+        from growkit.demo.story import run
+
         return run(**options)
 
 
