@@ -156,6 +156,20 @@ def two_batches(rank, world, cls):
     return loops.result(model, optimizer) | {"metrics": torch.tensor(optimizer.metrics()["refresh_grad_norm"])}
 
 
+def overflowing(rank, world):
+    """A GradScaler's step for gradients that overflow in one process's shard alone."""
+    model = loops.fsdp2_model().float()
+    optimizer = SophiaG(model.parameters(), lr=0.02)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler.scale(model(**loops.batches(0, rank, world)[0]).loss).backward()
+    if rank == 1:
+        model.head.weight.grad.to_local()[0, 0] = float("inf")
+    before = loops.whole(model.head.weight)
+    scaler.step(optimizer)
+    scaler.update()
+    return torch.equal(loops.whole(model.head.weight), before), optimizer.stats()["skipped_steps"], scaler.get_scale()
+
+
 def collectives(rank, world):
     """{what: small reductions that it takes}."""
     counts = {}
@@ -283,6 +297,7 @@ JOBS = {
         *(("driven", cls, *kind) for cls in (SophiaG, SophiaH) for kind in KINDS.values()),
         *(("in_columns", dtype) for dtype in (torch.float32, torch.bfloat16)),
         ("refused",), ("replicas_differ",), ("one_process_fails",), ("unequal_batches",), ("collectives",), ("warned",),
+        ("overflowing",),
         ("rows_cut_blocks",), ("zero_rounds",),
         *((job, cls) for cls in (SophiaG, SophiaH) for job in ("two_batches", "saved", "resumed")),
         ("zero_resumed", SophiaG), ("loaded_whole", SophiaG),
@@ -408,6 +423,10 @@ def test_a_refresh_is_skipped_by_all_and_told_by_one(result):
     (told, stats), (silent, other) = result(2, "warned")
     assert len(told) == 1 and not silent
     assert stats == other and stats["skipped"] == 2
+
+
+def test_a_step_that_overflows_in_one_shard_is_skipped_by_all(result):
+    assert result(2, "overflowing") == [(True, 1, 512.0)] * 2
 
 
 def test_8bit_blocks_that_shards_would_cut_are_refused(result):
