@@ -22,7 +22,7 @@ help:
 	@echo "make bench  measure the goals and compare with the saved run of the same hardware; minutes"
 	@echo "make lint   ruff: rules and format; seconds"
 	@echo "make types  mypy and pyright on the public API; under a minute"
-	@echo "make wheel  build the pure wheel and, where nvcc is, the CUDA wheel, into dist/, and try each; minutes"
+	@echo "make wheel  build the pure wheel and, where g++ and nvcc are, the compiled ones, into dist/, and try each; minutes"
 	@echo "make clean  remove .venv and what builds and tests leave behind"
 
 demo: $(INSTALLED)
@@ -68,7 +68,8 @@ wheel: $(INSTALLED)
 	packaging/wheels.sh .venv/bin/python
 
 # Another Python's stamp: that .venv goes. torch comes first and alone, so that nothing after it picks another torch.
-$(INSTALLED): pyproject.toml setup.py Makefile
+# Then what the build needs; where it lacks a compiler, growkit is pure Python.
+$(INSTALLED): pyproject.toml setup.py Makefile $(wildcard csrc/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 		{ echo "growkit needs Python 3.10 or newer, and '$(PYTHON)' is not: name another, make ... PYTHON=python3.12"; exit 1; }
 	$(if $(filter-out $@,$(wildcard .venv/.installed-*)),rm -rf .venv)
@@ -76,7 +77,7 @@ $(INSTALLED): pyproject.toml setup.py Makefile
 		{ echo "'$(PYTHON) -m venv .venv' failed; on Debian and Ubuntu it needs: apt install python3-venv"; exit 1; }
 	@echo "installing torch and growkit's tools into .venv, once; about a minute, more on a slow line"
 	@.venv/bin/pip install --quiet torch==2.13.0
-	@.venv/bin/pip install --quiet 'setuptools>=77'
+	@.venv/bin/pip install --quiet 'setuptools>=77' ninja pybind11
 	@.venv/bin/pip install --quiet --no-build-isolation -e '.[dev]'
 	@touch $@
 

@@ -1,10 +1,13 @@
-"""The only build logic: the version, whether there is a CUDA extension, and how it is compiled.
+"""The only build logic: the version, what the compiled extension holds, and how it is compiled.
 
-The extension uses only torch's stable ABI, so nvcc is driven here directly, which works beside any torch, one without
-CUDA included; torch's own build helper refuses that. Read from the environment:
+growkit._C has kernels for CPUs, for which a C++ compiler, pybind11 and ninja are all it takes, and CUDA kernels where
+there are torch and nvcc, too. Those use only torch's stable ABI, so nvcc is driven here directly, which works beside
+any torch, one without CUDA included; torch's own build helper refuses that. Read from the environment:
 GROWKIT_LOCAL_VERSION=x        the version ends in +x
-GROWKIT_SKIP_CUDA_BUILD=1      never build the extension
-GROWKIT_FORCE_CUDA=1           build it beside any torch, and fail where it cannot be built
+GROWKIT_SKIP_BUILD=1           never build the extension
+GROWKIT_SKIP_CUDA_BUILD=1      never build its CUDA kernels
+GROWKIT_FORCE_CUDA=1           build them beside any torch, and fail where they cannot be built
+CXX                            the C++ compiler; else g++
 CUDA_HOME                      the toolkit; else the folder of nvcc on PATH, else /usr/local/cuda
 TORCH_CUDA_ARCH_LIST, MAX_JOBS, NVCC_APPEND_FLAGS    as everywhere
 """
@@ -12,6 +15,7 @@ TORCH_CUDA_ARCH_LIST, MAX_JOBS, NVCC_APPEND_FLAGS    as everywhere
 import importlib.util
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -23,7 +27,15 @@ from setuptools.command.build_ext import build_ext
 
 ARCHS = "8.0;9.0;10.0;12.0+PTX"
 TORCH_TARGET = "0x020a000000000000"  # the oldest torch that the built extension runs with: 2.10
-SOURCES = ["csrc/bindings.cpp", "csrc/expand.cu", "csrc/mix.cu", "csrc/gather.cu", "csrc/split.cu"]
+SOURCES = ["csrc/bindings.cpp", "csrc/cpu.cpp"]
+CUDA_SOURCES = ["csrc/expand.cu", "csrc/mix.cu", "csrc/gather.cu", "csrc/split.cu"]
+CXX = shlex.split(os.environ.get("CXX") or "g++")
+INCLUDE = Path(sysconfig.get_paths()["include"])
+
+
+def ninja():
+    """The program, also where its environment is not activated; or None."""
+    return shutil.which("ninja") or shutil.which("ninja", path=Path(sys.executable).parent)
 
 
 def toolkit():
@@ -39,13 +51,27 @@ def toolkit():
 
 def refusal():
     """Why there will be no extension, or None."""
+    if os.environ.get("GROWKIT_SKIP_BUILD") == "1":
+        return "GROWKIT_SKIP_BUILD=1"
+    if sys.platform != "linux":
+        return f"it is built on Linux only, this is {sys.platform}"
+    if not shutil.which(CXX[0]):
+        return f"{CXX[0]} is not on PATH"
+    if not importlib.util.find_spec("pybind11"):
+        return "pybind11 is not installed here"
+    if not ninja():
+        return "ninja is not on PATH"
+    if not (INCLUDE / "Python.h").exists():
+        return f"no Python.h in {INCLUDE}; on Debian and Ubuntu it comes with python3-dev"
+    return None
+
+
+def cuda_refusal():
+    """Why there will be no CUDA kernels in the extension, or None."""
     if os.environ.get("GROWKIT_SKIP_CUDA_BUILD") == "1":
         return "GROWKIT_SKIP_CUDA_BUILD=1"
-    for module in ("torch", "pybind11"):
-        if not importlib.util.find_spec(module):
-            return f"{module} is not installed here (an isolated build does not see it: --no-build-isolation)"
-    if not shutil.which("ninja"):
-        return "ninja is not on PATH"
+    if not importlib.util.find_spec("torch"):
+        return "torch is not installed here (an isolated build does not see it: --no-build-isolation)"
     if not toolkit():
         return "no nvcc in CUDA_HOME, on PATH or in /usr/local/cuda"
     if os.environ.get("GROWKIT_FORCE_CUDA") == "1":
@@ -53,7 +79,7 @@ def refusal():
     import torch
 
     if torch.version.cuda is None:
-        return f"torch {torch.__version__} has no CUDA; GROWKIT_FORCE_CUDA=1 builds the extension all the same"
+        return f"torch {torch.__version__} has no CUDA; GROWKIT_FORCE_CUDA=1 builds them all the same"
     nvcc = subprocess.run([toolkit() / "bin/nvcc", "--version"], capture_output=True, text=True, check=True).stdout
     release = re.search(r"release (\d+)", nvcc)[1]
     if release != torch.version.cuda.split(".")[0]:
@@ -84,35 +110,45 @@ class NinjaBuild(build_ext):
 
     def build_extension(self, ext):
         import pybind11
-        import torch
 
-        root, cuda, torch_home = Path.cwd(), toolkit(), Path(torch.__file__).parent
+        root = Path.cwd()
         target = (root / self.get_ext_fullpath(ext.name)).resolve()
         work = (root / self.build_temp).resolve()
         for folder in (target.parent, work):
             folder.mkdir(parents=True, exist_ok=True)
-        library = next(path for path in (cuda / "lib64", cuda / "lib") if (path / "libcudart_static.a").exists())
-        includes = f"-isystem {torch_home}/include -isystem {cuda}/include"
-        python = f"-isystem {pybind11.get_include()} -isystem {sysconfig.get_paths()['include']}"
-        codes = code_flags(os.environ.get("TORCH_CUDA_ARCH_LIST") or ARCHS)
-        # No path of this machine ends up in the library's messages.
-        maps = f"-fmacro-prefix-map={torch_home}=torch -fmacro-prefix-map={pybind11.get_include()}=pybind11"
+        # No folder of this machine ends up in the library's messages.
+        named = {root: "growkit", Path(pybind11.get_include()): "pybind11", INCLUDE: "python"}
+        libraries, nvcc = "-ldl", "false"
+        if not set(CUDA_SOURCES).isdisjoint(ext.sources):
+            named |= {(torch := self._torch()): "torch", (cuda := toolkit()): "cuda"}
+            runtime = next(path for path in (cuda / "lib64", cuda / "lib") if (path / "libcudart_static.a").exists())
+            codes = code_flags(os.environ.get("TORCH_CUDA_ARCH_LIST") or ARCHS)
+            nvcc = (
+                f"{cuda}/bin/nvcc -std=c++17 -O3 {codes} -DTORCH_TARGET_VERSION={TORCH_TARGET} "
+                f"-isystem {torch}/include -isystem {cuda}/include"
+            )
+            # --no-as-needed -ltorch: nothing here refers to libtorch.so, but with it libtorch_cuda.so comes along where
+            # there is one, and the weak stream function of expand.cu is found.
+            libraries = (
+                f"-L{torch}/lib -Wl,--no-as-needed -ltorch -Wl,--as-needed -ltorch_cpu -lc10 "
+                f"{runtime}/libcudart_static.a -Wl,--exclude-libs,ALL -ldl -lrt -lpthread"
+            )
+        maps = " ".join(f"-ffile-prefix-map={folder}={name}" for folder, name in named.items())
         host = f"-fPIC -fvisibility=hidden -g0 -Wall {maps}"
-        # --no-as-needed -ltorch: nothing here refers to libtorch.so, but with it libtorch_cuda.so comes along where
-        # there is one, and the weak stream function of expand.cu is found.
+        # cpu.cpp says itself where a*b + c is rounded once. No result depends on errno or on floating-point traps, and
+        # loops with a choice in them become vector code only where those are known not to matter.
+        cxx = f"{shlex.join(CXX)} -std=c++17 -O3 -ffp-contract=off -fno-math-errno -fno-trapping-math"
         rules = f"""
 rule cpp
-  command = g++ -std=c++17 -O2 {host} {python} -MD -MF $out.d -c $in -o $out
+  command = {cxx} {host} -isystem {pybind11.get_include()} -isystem {INCLUDE} -MD -MF $out.d -c $in -o $out
   depfile = $out.d
   deps = gcc
 rule cuda
-  command = {cuda}/bin/nvcc -std=c++17 -O3 {codes} -DTORCH_TARGET_VERSION={TORCH_TARGET} {includes} $
-    -Xcompiler '{host}' -MD -MF $out.d -c $in -o $out
+  command = {nvcc} -Xcompiler '{host}' -MD -MF $out.d -c $in -o $out
   depfile = $out.d
   deps = gcc
 rule link
-  command = g++ -shared $in -o $out -L{torch_home}/lib -Wl,--no-as-needed -ltorch -Wl,--as-needed -ltorch_cpu -lc10 $
-    {library}/libcudart_static.a -Wl,--exclude-libs,ALL -ldl -lrt -lpthread
+  command = {shlex.join(CXX)} -shared $in -o $out {libraries}
 """
         objects = []
         for source in ext.sources:
@@ -122,18 +158,26 @@ rule link
         (work / "build.ninja").write_text(f"builddir = {work}\n{rules}")
         jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
         # From here, so that the sources' own paths are relative.
-        subprocess.run(["ninja", "-f", str(work / "build.ninja"), *jobs], check=True, stdout=sys.stderr)
+        subprocess.run([ninja(), "-f", str(work / "build.ninja"), *jobs], check=True, stdout=sys.stderr)
+
+    @staticmethod
+    def _torch():
+        import torch
+
+        return Path(torch.__file__).parent
 
 
 version = re.search(r'^__version__ = "([^"]+)"', Path("growkit/__init__.py").read_text(), re.MULTILINE)[1]
 local = os.environ.get("GROWKIT_LOCAL_VERSION")
-reason = refusal()
-if reason and os.environ.get("GROWKIT_FORCE_CUDA") == "1":
-    raise SystemExit(f"GROWKIT_FORCE_CUDA=1, but: {reason}")
+reason, cuda_reason = refusal(), cuda_refusal()
+if (reason or cuda_reason) and os.environ.get("GROWKIT_FORCE_CUDA") == "1":
+    raise SystemExit(f"GROWKIT_FORCE_CUDA=1, but: {reason or cuda_reason}")
 if reason:
-    print(f"growkit: no CUDA extension: {reason}", file=sys.stderr)
+    print(f"growkit: no compiled extension: {reason}", file=sys.stderr)
+elif cuda_reason:
+    print(f"growkit: no CUDA kernels in the compiled extension: {cuda_reason}", file=sys.stderr)
 setup(
     version=f"{version}+{local}" if local else version,
-    ext_modules=[] if reason else [Extension("growkit._C", SOURCES)],
+    ext_modules=[] if reason else [Extension("growkit._C", SOURCES if cuda_reason else SOURCES + CUDA_SOURCES)],
     cmdclass={"build_ext": NinjaBuild},
 )

@@ -1,4 +1,5 @@
-// growkit._C: facts of the build, and the launch plans as Python sees them. No torch type crosses here.
+// growkit._C: facts of the build, the launch plans as Python sees them, and the CPU kernels, which take addresses. No
+// torch type crosses here.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -7,6 +8,7 @@
 #include <vector>
 
 #include "build.h"
+#include "cpu.h"
 #include "launch.h"
 
 namespace py = pybind11;
@@ -39,6 +41,7 @@ std::vector<std::string> arch_names(const std::string& list) {
 py::dict build_info() {
   py::dict info;
   info["compiler"] = kCompiler;
+  info["torch_threads"] = on_torch_threads();
   info["kernels"] = &build_facts != nullptr;
   if (!&build_facts) return info;
   const BuildFacts facts = build_facts();
@@ -154,14 +157,59 @@ py::dict split_plan_of(int64_t n, int64_t k, int64_t m, bool runs) {
   return plan;
 }
 
+template <typename T>
+T* pointer(int64_t address) {
+  return reinterpret_cast<T*>(static_cast<uintptr_t>(address));
+}
+
+// A row of numbers for each tensor, addresses among them; and of each list whether it is bfloat16, not float32.
+using Rows = std::vector<std::vector<int64_t>>;
+
+std::vector<Type> check_lists(const Rows& rows, size_t width, const std::vector<bool>& narrow, size_t lists) {
+  check(narrow.size() == lists, "narrow: wrong number of lists");
+  for (const auto& row : rows) check(row.size() == width, "tensors: wrong number of entries in a row");
+  std::vector<Type> types;
+  for (bool is : narrow) types.push_back(is ? kBFloat16 : kFloat32);
+  return types;
+}
+
+int64_t sophia_step_of(const Rows& tensors, const std::vector<bool>& narrow, float lr, float decay, float beta1,
+                       float gain, float rho_bs, float eps, float scale, bool max, bool random, uint64_t seed,
+                       uint32_t stream, uint32_t time) {
+  const std::vector<Type> types = check_lists(tensors, 8, narrow, 4);
+  std::vector<StepTensor> list;
+  for (const auto& row : tensors) {
+    list.push_back({pointer<void>(row[0]), pointer<void>(row[1]), pointer<void>(row[2]), pointer<void>(row[3]),
+                    pointer<float>(row[4]), row[5], row[6], row[7]});
+  }
+  const StepOptions options{types[0], types[1], types[2], types[3], lr,  decay,
+                            beta1,    gain,     rho_bs,   eps,      scale, max,
+                            {random, seed, stream, time}};
+  py::gil_scoped_release released;
+  return sophia_step(list, options);
+}
+
+void gnb_ema_of(const Rows& tensors, const std::vector<bool>& narrow, float beta2, float gain, bool random,
+                uint64_t seed, uint32_t stream, uint32_t time) {
+  const std::vector<Type> types = check_lists(tensors, 5, narrow, 2);
+  std::vector<RefreshTensor> list;
+  for (const auto& row : tensors) {
+    list.push_back({pointer<void>(row[0]), pointer<void>(row[1]), row[2], row[3], row[4]});
+  }
+  py::gil_scoped_release released;
+  gnb_ema(list, {types[0], types[1], beta2, gain, {random, seed, stream, time}});
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() =
-      "Facts of the build, and the launch plans of the CUDA kernels. Importing it registers the kernels with torch.";
+      "Facts of the build, the CPU kernels, and the launch plans of the CUDA kernels, if it was built with those.\n"
+      "Importing it registers the CUDA kernels with torch.";
   m.attr("MAX_LAYERS_BACKWARD") = kMixMaxLayersBackward;
   m.def("build_info", &build_info,
-        "Compiler, archs, CUDA and the oldest torch, and whether torch's CUDA library was found.");
+        "compiler; torch_threads: whether the CPU kernels run on torch's threads; kernels: whether there are CUDA\n"
+        "kernels, and of those archs, CUDA, the oldest torch, and whether torch's CUDA library was found.");
   const auto layers_in = py::arg("layers_in"), layers_out = py::arg("layers_out"), rows = py::arg("rows"),
              columns = py::arg("columns"), x_strides = py::arg("x_strides"), y_strides = py::arg("y_strides");
   m.def("mix_plan", &mix_plan, layers_in, layers_out, rows, columns, x_strides, y_strides, py::arg("misaligned") = 0,
@@ -174,4 +222,18 @@ PYBIND11_MODULE(_C, m) {
         "Launch of the gather for elements of so many bytes; whole: rows that are runs of 16-byte units.");
   m.def("split_plan", &split_plan_of, py::arg("n"), py::arg("k"), py::arg("m"), py::arg("runs"),
         "Launch of the 3xTF32 split; workspace: bytes of its result.");
+
+  m.def("use_instructions", &use_instructions, py::arg("name"),
+        "Choose the instruction set of the CPU kernels by torch's name for it; returns the name of the one taken.");
+  const auto tensors = py::arg("tensors"), narrow = py::arg("narrow"), random = py::arg("random"),
+             seed = py::arg("seed"), stream = py::arg("stream"), time = py::arg("time");
+  m.def("sophia_step", &sophia_step_of, tensors, narrow, py::kw_only(), py::arg("lr"), py::arg("decay"),
+        py::arg("beta1"), py::arg("gain"), py::arg("rho_bs"), py::arg("eps"), py::arg("scale"), py::arg("max"), random,
+        seed, stream, time,
+        "Sophia's update on CPU. tensors: (p, g, m, h, master or 0, elements, parameter, offset) of each, the first\n"
+        "five as addresses; narrow: whether p, g, m, h are bfloat16. Returns the number of elements with |m| < d.");
+  m.def("gnb_ema", &gnb_ema_of, tensors, narrow, py::kw_only(), py::arg("beta2"), py::arg("gain"), random, seed, stream,
+        time,
+        "Gauss-Newton-Bartlett refresh on CPU. tensors: (h, g, elements, parameter, offset) of each, the first two as\n"
+        "addresses; narrow: whether h and g are bfloat16.");
 }

@@ -1,4 +1,4 @@
-"""Triton kernels. Each op's kernel has the name and the signature of its oracle in `growkit.reference`.
+"""Triton kernels; in `cpu`, compiled ones. Each has the name and the signature of its oracle in `growkit.reference`.
 
 Importing this package imports no kernel, so that growkit works where triton is missing.
 """

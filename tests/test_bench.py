@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from growkit import ops
+from growkit import ops, reference
 from growkit.__main__ import main
 from growkit.bench import instructions, kron, measure, sophia, table
+from growkit.kernels import cpu
 from growkit.kron import expand, plan
 
 ROOT = Path(__file__).parents[1]
@@ -143,13 +144,22 @@ def test_check_finds_a_wrong_update(wrong):
         sophia.check_update(lists, lambda: wrong(*lists.lists))
 
 
-def test_cpu_step_refuses_to_time_other_bits(monkeypatch):
-    case = sophia.cpu_step(tiny=True)
+@pytest.mark.parametrize(("workload", "where"), [(sophia.cpu_step, reference), (sophia.cpu_step_compiled, ops)])
+def test_cpu_step_refuses_to_time_other_bits(workload, where, monkeypatch):
+    case = workload(tiny=True)
     case.check()
-    step = ops.sophia_step_
-    monkeypatch.setattr(ops, "sophia_step_", lambda *lists, lr, **options: step(*lists, lr=lr * (1 + 1e-6), **options))
+    step = where.sophia_step_
+    wrong = lambda *lists, lr, **options: step(*lists, lr=lr * (1 + 1e-6), **options)  # noqa: E731
+    monkeypatch.setattr(where, "sophia_step_", wrong)
     with pytest.raises(AssertionError, match=r"differ in p\["):
         case.check()
+
+
+def test_compiled_step_is_measured_where_it_is_built():
+    rows = sophia.cpu_step_compiled(tiny=True).rows(1)
+    assert len(rows) == 3 and all(id.startswith("C1.compiled.") for id in rows)
+    for value in rows.values():
+        assert value.value > 0 if cpu._C else value == "growkit._C is not built here"
 
 
 # --- counts: these gate, for they do not depend on the machine's mood ------------------------------------------------

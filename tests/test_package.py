@@ -25,7 +25,7 @@ def command(*words, cwd, **environment):
     return done.stdout
 
 
-PURE = {"GROWKIT_SKIP_CUDA_BUILD": "1", "GROWKIT_FORCE_CUDA": ""}  # test_build.py builds the extension
+PURE = {"GROWKIT_SKIP_BUILD": "1", "GROWKIT_FORCE_CUDA": ""}  # test_build.py builds the extension
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ import torch
 
 from growkit import ops, reference
 from growkit.bench.measure import Case, Value, attempt, graphed, launches, paired, reason, temporaries, with_detail
+from growkit.kernels import cpu
 from growkit.optim import SophiaG
 
 BETA2 = 0.99
@@ -549,19 +550,14 @@ def _recompiles(optimizer):
 
 def cpu_step(model="gpt2-41m", device="cpu", tiny=False, label=""):
     """The reference step on one CPU thread against the official sequence, to which it must be equal bit for bit."""
-    ours, theirs = (Lists(model, device, tiny) for _ in range(2))
+    ours, theirs, renew = _two_alike(model, device, tiny)
 
     def run():
-        ops.sophia_step_(*ours.lists, eps=1e-15, **SCALARS)
+        reference.sophia_step_(*ours.lists, eps=1e-15, **SCALARS)
 
     def official():
         for tensors in zip(*theirs.lists, strict=True):
             official_step(*tensors, **SCALARS)
-
-    def renew(names):
-        ours.renew(names)
-        theirs.draws = ours.draws - len(names)
-        theirs.renew(names)
 
     def rows(rounds):
         contenders = {"growkit": run, "official": official, "fused AdamW": attempt(lambda: _adamw(adamw).step)}
@@ -575,14 +571,65 @@ def cpu_step(model="gpt2-41m", device="cpu", tiny=False, label=""):
         renew("pgmh")
         run()
         official()
-        for name in "pm":
-            for i, (a, b) in enumerate(zip(getattr(ours, name), getattr(theirs, name), strict=True)):
-                if not torch.equal(a, b):
-                    raise AssertionError(f"sophia_step_ and the official step differ in {name}[{i}]")
+        _same_bits(ours, theirs, "sophia_step_ and the official step")
         check_update(ours, run)
 
     adamw = theirs.parameters()
     return Case(run, check, rows, bytes=ours.nbytes("pgmhpm"))
+
+
+def cpu_step_compiled(model="gpt2-small", device="cpu", tiny=False):
+    """The compiled step against the reference, whose bits it has, and fused AdamW: one thread, and two by the wall."""
+    ours, theirs, renew = _two_alike(model, device, tiny)
+    adamw = theirs.parameters()
+
+    def run():
+        ops.sophia_step_(*ours.lists, eps=1e-15, **SCALARS)
+
+    def oracle():
+        reference.sophia_step_(*theirs.lists, eps=1e-15, **SCALARS)
+
+    def rows(rounds):
+        names, threads = ("reference", "adamw", "adamw.2-threads"), torch.get_num_threads()
+        if cpu.implementation("sophia_step_") is None:
+            return {f"C1.compiled.{name}": "growkit._C is not built here" for name in names}
+        contenders = {"growkit": run, "fused AdamW": attempt(lambda: _adamw(adamw).step)}
+        try:
+            torch.set_num_threads(1)
+            one = paired(contenders | {"reference": oracle}, "cpu", rounds, before=lambda _: renew("g"))
+            torch.set_num_threads(2)
+            two = paired(contenders, "wall", rounds, before=lambda _: renew("g"))
+        finally:
+            torch.set_num_threads(threads)
+        values = one.ratio("reference", "growkit"), *(pairs.ratio("growkit", "fused AdamW") for pairs in (one, two))
+        return {f"C1.compiled.{name}": value for name, value in zip(names, values, strict=True)}
+
+    def check():
+        renew("pgmh")
+        run()
+        oracle()
+        _same_bits(ours, theirs, "the compiled step and the reference")
+
+    return Case(run, check, rows, bytes=ours.nbytes("pgmhpm"))
+
+
+def _two_alike(model, device, tiny):
+    """Two `Lists`, and a function that renews lists of both with the same values."""
+    ours, theirs = (Lists(model, device, tiny) for _ in range(2))
+
+    def renew(names):
+        ours.renew(names)
+        theirs.draws = ours.draws - len(names)
+        theirs.renew(names)
+
+    return ours, theirs, renew
+
+
+def _same_bits(ours, theirs, what):
+    for name in "pm":
+        for i, (a, b) in enumerate(zip(getattr(ours, name), getattr(theirs, name), strict=True)):
+            if not torch.equal(a, b):
+                raise AssertionError(f"{what} differ in {name}[{i}]")
 
 
 KEEP_PAGES = {

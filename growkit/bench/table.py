@@ -99,6 +99,7 @@ def _workloads():
         add(f"memory-{pair}", "cuda", kron.memory, pair)
     add("cpu-step", "cpu", sophia.cpu_step)
     add("cpu-step-pages-kept", "cpu", sophia.cpu_step_pages_kept)
+    add("cpu-step-compiled", "cpu", sophia.cpu_step_compiled)
     for module in ("query", "fc"):
         add(f"cpu-expand-{module}", "cpu", kron.cpu_expand, module)
     return {workload.name: workload for workload in workloads}
@@ -238,11 +239,19 @@ _TABLE = (
     ("L7.gpt2-medium", "grow(): peak beyond one module type's intermediate", "memory-gpt2-medium", "<=", 64, "MiB"),
     ("L7.llama-7b", "growing llama-7b's gate in place: peak beyond its result", "memory-llama-7b", "<=", 2, "GiB"),
     *(
-        (f"C1.{malloc}{id}", f"CPU step, {what}{words}", f"cpu-step{workload}", relation, goal)
+        (f"C1.{malloc}{id}", f"CPU reference step, {what}{words}", f"cpu-step{workload}", relation, goal)
         for malloc, words, workload in (("", "", ""), ("pages-kept.", ", pages kept", "-pages-kept"))
         for id, what, relation, goal in (
             ("official", "same bits: official / growkit", ">=", 2.0),
             ("adamw", "growkit / fused AdamW", "<=", 2.2),
+        )
+    ),
+    *(
+        (f"C1.compiled.{id}", f"compiled CPU step, gpt2-small, {what}", "cpu-step-compiled", relation, goal)
+        for id, what, relation, goal in (
+            ("reference", "same bits: reference / growkit", ">=", 2),
+            ("adamw", "1 thread: growkit / fused AdamW", "<=", 0.9),
+            ("adamw.2-threads", "2 threads, wall: growkit / fused AdamW", "<=", 0.9),
         )
     ),
     *(

@@ -20,10 +20,13 @@ except ImportError as error:
     extension = f"none, expansion runs on torch alone ({error})"
 else:
     _facts, MAX_LAYERS_BACKWARD = _C.build_info(), _C.MAX_LAYERS_BACKWARD
-    extension = (
-        f"built by CUDA {_facts['cuda']} for sm {' '.join(_facts['archs'])}, torch {_facts['torch']} and newer"
-        + ("" if _facts["stream_found"] else "; not used, as torch's CUDA library was not found")
-    )
+    if not _facts["kernels"]:
+        extension = "none, expansion runs on torch alone (growkit._C was built for CPUs only)"
+    else:
+        extension = (
+            f"built by CUDA {_facts['cuda']} for sm {' '.join(_facts['archs'])}, torch {_facts['torch']} and newer"
+            + ("" if _facts["stream_found"] else "; not used, as torch's CUDA library was not found")
+        )
 
 _NARROW = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -31,7 +34,7 @@ _NARROW = (torch.float32, torch.bfloat16, torch.float16)
 @functools.cache
 def _has_kernels(device):
     """Whether `growkit._C` has kernels that this CUDA device can run."""
-    if _C is None or not _facts["stream_found"]:
+    if _C is None or not _facts.get("stream_found"):
         return False
     here = torch.cuda.get_device_capability(device)
     archs = [tuple(map(int, name.split("."))) for name in _facts["archs"]]

@@ -1,8 +1,9 @@
 """The contract: every operator of growkit with its schema, its fake, its autograd formula and who implements it.
 
 Schemas live in Python so that the package is whole without any binary. `reference` serves every device; CUDA tensors
-of at most 32 bits go to the kernel of the same name where triton is installed. Equations, shapes and dtypes stand in
-the docstrings of `reference`. Eager code calls the Python functions of this package, which skip the dispatcher for ops
+of at most 32 bits go to the kernel of the same name where triton is installed, CPU tensors to that of
+`growkit.kernels.cpu`, if any, where `growkit._C` is built. Equations, shapes and dtypes stand in the docstrings of
+`reference`. Eager code calls the Python functions of this package, which skip the dispatcher for ops
 on long lists; `torch.ops.growkit.*` serves `torch.compile`, export and `opcheck`.
 """
 

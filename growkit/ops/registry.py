@@ -6,6 +6,7 @@ import importlib
 import torch
 
 from growkit import kernels
+from growkit.kernels import cpu
 
 library = torch.library.Library("growkit", "DEF")
 
@@ -15,7 +16,10 @@ def define(schema, implementation, fake):
     name = schema.partition("(")[0]
     library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     # Disabled, or a compiled program that calls the op would have the implementation traced in its turn.
-    library.impl(name, torch._disable_dynamo(implementation), "CompositeExplicitAutograd")
+    served = torch._disable_dynamo(implementation)
+    library.impl(name, served, "CompositeExplicitAutograd")
+    if cpu.implementation(name.partition(".")[0]):
+        library.impl(name, served, "CPU")  # the same, for those who ask the dispatcher what serves a CPU tensor
     torch.library.register_fake(f"growkit::{name}", fake, lib=library)
 
 
@@ -24,12 +28,18 @@ kernel_of: dict = {}
 
 
 def with_kernel(module, oracle):
-    """`oracle`, or for CUDA tensors the function of the same name in growkit.kernels.`module`, by the first tensor."""
+    """`oracle`, or the function of the same name that serves the device of the first tensor.
+
+    For CUDA tensors that is the one of growkit.kernels.`module`, for CPU tensors that of growkit.kernels.cpu, if any.
+    """
     kernel_of[oracle.__name__] = module
+    compiled = cpu.implementation(oracle.__name__)
 
     @functools.wraps(oracle)
     def fastest(tensors, *args, **kwargs):
         first = tensors if isinstance(tensors, torch.Tensor) else tensors[0] if tensors else None
+        if first is not None and compiled and first.is_cpu:
+            return compiled(tensors, *args, **kwargs)
         if first is None or not first.is_cuda or first.dtype == torch.float64 or not kernels.available:
             return oracle(tensors, *args, **kwargs)
         kernel = getattr(importlib.import_module(f"growkit.kernels.{module}"), oracle.__name__)

@@ -6,23 +6,26 @@ import torch
 BLOCK = 1 << 17
 
 
+def in_memory_order(*tensors):
+    """Tensors of one shape as contiguous views, themselves if they are; None unless dense and laid out alike."""
+    if all(t.is_contiguous() for t in tensors):
+        return tensors
+    order = sorted(range(tensors[0].dim()), key=lambda d: -tensors[0].stride(d))
+    views = tuple(t.permute(order) for t in tensors)
+    return views if all(v.is_contiguous() for v in views) else None
+
+
 def walk(*tensors, numbered=False):
     """Yield (first element, slices) over tensors of one shape, in flat slices of at most BLOCK elements.
 
     Tensors that are dense and laid out alike are walked in memory order; others are yielded whole. numbered: random
     bits belong to the row-major index of an element, so in any other memory order tensors are yielded whole, too.
     """
-    if not all(t.is_contiguous() for t in tensors):
-        if numbered:
-            yield 0, tensors
-            return
-        order = sorted(range(tensors[0].dim()), key=lambda d: -tensors[0].stride(d))
-        views = [t.permute(order) for t in tensors]
-        if not all(v.is_contiguous() for v in views):
-            yield 0, tensors
-            return
-        tensors = views
-    slices = [t.view(-1).split(BLOCK) for t in tensors]
+    views = in_memory_order(*tensors)
+    if views is None or numbered and views[0] is not tensors[0]:
+        yield 0, tensors
+        return
+    slices = [t.view(-1).split(BLOCK) for t in views]
     for i, block in enumerate(zip(*slices, strict=True)):
         yield i * BLOCK, block
 
