@@ -4,21 +4,31 @@ The update and the refreshes are `growkit.ops`, called once per bucket (`buckets
 and on what, is `attach`; how, `curvature`.
 """
 
+from __future__ import annotations
+
 import math
-import warnings
+import numbers
 from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch.optim import Optimizer
 
 from growkit import kernels, ops
 from growkit.optim import curvature, distributed
-from growkit.optim.attach import Attachment, after_step, as_call, is_due, run
+from growkit.optim.attach import Attachment, after_step, before_step, estimate, is_due
 from growkit.optim.buckets import Buckets, as_real
+from growkit.optim.likelihood import Likelihood, check
+from growkit.optim.replay import Call
 from growkit.optim.state import check_file, complete_groups, convert, of_file, share_steps
 from growkit.optim.telemetry import START, TARGET, Telemetry
+from growkit.warn import warn
 
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64, torch.complex128)
+
+_NUMBERS = {"lr": "learning rate", "rho": "rho", "weight_decay": "weight_decay", "eps": "eps"}
+_LABELS = "a finite number of labels > 0"
 
 
 class _Sophia(Optimizer):
@@ -42,7 +52,7 @@ class _Sophia(Optimizer):
     def _reset_runtime(self):
         """What belongs to this process and is not saved: the attached model, counts, warnings given."""
         self._attachment = None
-        self._refreshing = False
+        self._unreached = None, 0  # parameters that no refresh has reached, and the number of refreshes
         self._since_refresh = 0
         self._unclipped = {}  # device -> (elements not clipped in the last counted step, a tensor; elements counted)
         self._skipped = 0
@@ -59,8 +69,6 @@ class _Sophia(Optimizer):
             if owner is not None:
                 params = (p for group in owner.param_groups for p in group["params"])
                 self._buckets.numbers = {p: i for i, p in enumerate(params)}
-                # It makes the parameters of all processes new after this optimizer's step: then comes the refresh.
-                owner.register_step_post_hook(lambda *_: after_step(self))
         return self._known_owner
 
     def _tell_owner(self):
@@ -99,12 +107,14 @@ class _Sophia(Optimizer):
                     f"and triton is {'installed' if kernels.available else 'missing'}"
                 )
         lr = group["lr"]
-        if isinstance(lr, torch.Tensor) and lr.numel() != 1:
-            raise ValueError(f"Tensor lr must be 1-element, got shape {tuple(lr.shape)}")
-        for name, called in (("lr", "learning rate"), ("rho", "rho"), ("weight_decay", "weight_decay"), ("eps", "eps")):
-            if not 0 <= float(group[name]) < float("inf"):
-                raise ValueError(f"Invalid {called}: {group[name]}, expected a finite number >= 0")
+        if isinstance(lr, torch.Tensor):
+            if lr.numel() != 1:
+                raise ValueError(f"Tensor lr must be 1-element, got shape {tuple(lr.shape)}")
+            _check_number("learning rate", float(lr))
+        self._check_numbers(group)
         target = group["target_unclipped"]
+        if target is not None:
+            _check_number("target_unclipped", target, "None or a fraction between 0 and 1")
         if target is not None and not (0 < target < 1 and group["rho"] > 0):
             raise ValueError(
                 f"Invalid target_unclipped: {target} with rho={group['rho']}, expected None or a fraction between 0 "
@@ -115,21 +125,13 @@ class _Sophia(Optimizer):
                 f"Invalid target_unclipped: {target}, expected {self.param_groups[0]['target_unclipped']} as in the "
                 "first group: the fraction is that of all parameters together"
             )
-        self._check_bs(group["bs"])
-        if not isinstance(group["betas"], (tuple, list)) or len(group["betas"]) != 2:
-            raise ValueError(f"Invalid betas: {group['betas']}, expected two numbers")
         if not isinstance(group["seed"], int):
             raise TypeError(f"Invalid seed: {group['seed']!r}, expected an integer")
-        for i, beta in enumerate(group["betas"]):
-            if not 0 <= beta < 1:
-                raise ValueError(f"Invalid beta parameter at index {i}: {beta}, expected 0 <= beta < 1")
         if group["state_dtype"] not in (None, torch.float32, torch.bfloat16, "8bit"):
             raise ValueError(
                 f"Invalid state_dtype: {group['state_dtype']}, expected None, torch.float32, torch.bfloat16 or '8bit'"
             )
         limit = group["clip_grad_norm"]
-        if limit is not None and not 0 < limit < float("inf"):
-            raise ValueError(f"Invalid clip_grad_norm: {limit}, expected None or a finite number > 0")
         if limit != self.param_groups[0]["clip_grad_norm"]:
             raise ValueError(
                 f"Invalid clip_grad_norm: {limit}, expected {self.param_groups[0]['clip_grad_norm']} as in the first "
@@ -140,7 +142,7 @@ class _Sophia(Optimizer):
                 f"Invalid bf16_update: {group['bf16_update']!r}, expected 'stochastic', 'master' or 'nearest'"
             )
         for i, p in enumerate(group["params"]):
-            if p.dtype not in _FLOATS:
+            if p.requires_grad and p.dtype not in _FLOATS:  # quantized base weights beside what is trained
                 raise TypeError(f"parameter {i} has dtype {p.dtype}, expected one of {', '.join(map(str, _FLOATS))}")
             if p.dtype == torch.bfloat16 and group["bf16_update"] == "nearest":
                 self._warn_once(
@@ -149,14 +151,23 @@ class _Sophia(Optimizer):
                     "them; 'stochastic' and 'master' keep them",
                 )
 
-    def _check_bs(self, bs):
-        if not 0 < bs < float("inf"):
-            raise ValueError(f"Invalid bs: {bs}, expected a finite number of labels > 0")
+    def _check_numbers(self, group):
+        """What a schedule may set at any time; tensors are left unread, for they may be on a device."""
+        for name, called in _NUMBERS.items():
+            _check_number(called, group[name])
+        _check_number("bs", group["bs"], _LABELS)
+        betas = group["betas"]
+        if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+            raise ValueError(f"Invalid betas: {betas}, expected two numbers")
+        for i, beta in enumerate(betas):
+            _check_number(f"beta parameter at index {i}", beta, "0 <= beta < 1")
+        if group["clip_grad_norm"] is not None:
+            _check_number("clip_grad_norm", group["clip_grad_norm"], "None or a finite number > 0")
 
     def _warn_once(self, key, message):
         if key not in self._warned and distributed.speaks():
             self._warned.add(key)
-            warnings.warn(message, stacklevel=3)
+            warn(message)
 
     # --- files ---
 
@@ -210,7 +221,7 @@ class _Sophia(Optimizer):
         changed then.
         """
         if bs is not None:
-            self._check_bs(bs)
+            _check_number("bs", bs, _LABELS)
             for group in self.param_groups if self._attachment else ():
                 if bs != group["bs"]:
                     raise ValueError(f"step(bs={bs}) on an optimizer attached with bs={group['bs']}: expected no bs")
@@ -219,11 +230,22 @@ class _Sophia(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._check_capture()
-        owner = self._owner()
+        self._owner()
+        refresh = self._before_step()
         self._update(bs)
-        if owner is None:
-            after_step(self)
+        self._after_step(refresh)
         return loss
+
+    @torch._disable_dynamo
+    def _before_step(self):
+        """Whatever may fail comes first; returns the estimate of a refresh that is due, or None."""
+        for group in self.param_groups:
+            self._check_numbers(group)
+        return before_step(self)
+
+    @torch._disable_dynamo
+    def _after_step(self, refresh):
+        after_step(self, refresh)
 
     def _observe(self):
         if not _capturing():
@@ -320,17 +342,9 @@ class _Sophia(Optimizer):
 
     # --- curvature ---
 
-    def attach(self, model, every=10, *, phase="paper", **options):
-        """Let step() refresh the curvature by itself, on the model's last training batch, with no change to the loop.
-
-        model: the module whose forward is called in training. every: steps between refreshes. phase: "paper" refreshes
-        after steps 1, 1+every, ...; "official" after every, 2*every, .... options: those of `refresh`.
-        The refresh is one more forward and backward of that batch. `h` is kept so that rho*bs*h = rho*EMA(N*g^2) for
-        N labels, whatever `bs` is. Raises RuntimeError if already attached; `detach` undoes it.
-        """
+    def _attach(self, model, every, phase, options):
         if self._attachment is not None:
             raise RuntimeError("attach: this optimizer is attached already, call detach() first")
-        self._check_options(options)
         self._attachment = Attachment(self, model, every, phase, options)
         self._tell_owner()
 
@@ -343,31 +357,37 @@ class _Sophia(Optimizer):
                 group["every"] = 0
             self._tell_owner()
 
-    def refresh(self, model, batches, **options):
-        """Refresh the curvature now, on all of `batches` (an iterable of model inputs), as one estimate.
-
-        A dict is passed to the model by keyword, a tuple or list by position. Gradients, buffers and the random state
-        are as before afterwards. A refresh that is not finite is skipped and counted in `stats()`. The gradient of the
-        sampled labels is not clipped. Options, all callables:
-
-        logits(output) -> [..., V], by default `output.logits`, the first of a tuple, or the output (SophiaG).
-        mask(args, kwargs) -> bool, shaped as logits without V: which labels count; by default those that are not -100
-            in a keyword `labels`, shifted for causal transformers models, and all without one (SophiaG).
-        loss(output): for SophiaG, (mean NLL of labels drawn from the model, their number), for outputs that are not
-            categorical; for SophiaH, the training loss, by default `output.loss`.
-        """
-        self._check_options(options)
-        calls = [as_call(batch) for batch in batches]
+    def _refresh(self, model, batches, options):
+        if isinstance(batches, (torch.Tensor, Mapping, str)):
+            raise TypeError(
+                f"refresh: batches is {type(batches).__name__}, expected an iterable of batches; one batch is [batch]"
+            )
+        calls = [Call.of(batch) for batch in batches]
         if not calls:
             raise ValueError("refresh: batches is empty, expected at least one batch")
-        run(self, model, calls, **options)
+        known = self._attachment.known if self._attachment is not None else {}
+        self._telemetry.warn(self)
+        self._take(**estimate(self, model, calls, options, known))
 
-    def _check_options(self, options):
-        for name, value in options.items():
-            if name not in self._options:
-                raise TypeError(f"{type(self).__name__} has no refresh option {name!r}, expected {self._options}")
-            if value is not None and not callable(value):
-                raise TypeError(f"{name} is {type(value).__name__}, expected a callable")
+    def _take(self, processes, grads, count, reached):
+        """Fold an estimate into h."""
+        training = [p.grad for p in processes.params]
+        try:
+            for p, g in zip(processes.params, grads, strict=True):
+                p.grad = g
+            self._fold(count, processes=processes)
+        finally:
+            for p, g in zip(processes.params, training, strict=True):
+                p.grad = g
+
+    def _named_parameters(self):
+        """(parameter, name) of all: that of named_parameters(), or of the attached model, or its index."""
+        params = [p for group in self.param_groups for p in group["params"]]
+        model = self._attachment.model if self._attachment is not None else None
+        names = {} if model is None else {p: name for name, p in model.named_parameters()}
+        own = [name for group in self.param_groups for name in group.get("param_names", group["params"])]
+        for i, (p, name) in enumerate(zip(params, own, strict=True)):
+            yield p, name if isinstance(name, str) else names.get(p, str(i))
 
     @torch.no_grad()
     def _fold(self, count=None, probes=None, processes=None):
@@ -413,7 +433,7 @@ class _Sophia(Optimizer):
         return {"seed": self.param_groups[0]["seed"], "refresh": int(self.param_groups[0]["refreshes"])}
 
     def _tell(self, prepared, norm):
-        """Warn, and set a rho that is "auto", by what earlier refreshes sent; send what this one has to say."""
+        """Set a rho that is "auto" by what earlier refreshes sent, and send what this one has to say."""
         elements = sum(counted for _, counted in self._unclipped.values())
         fraction = None
         if (
@@ -421,7 +441,6 @@ class _Sophia(Optimizer):
         ):  # before the first h is 0: that says nothing about rho
             home = next(iter(self._unclipped))
             fraction = sum(count.to(home) for count, _ in self._unclipped.values()).double() / elements
-        self._telemetry.warn(self)
         for group in self.param_groups:
             if group["target_unclipped"] is not None:
                 group["rho"] = self._telemetry.control(group)
@@ -460,6 +479,21 @@ class _Sophia(Optimizer):
             "skipped_steps": sum(map(int, self._skipped_steps.values())),
             "unclipped": unclipped,
         }
+
+
+def _check_number(name, value, expected="a finite number >= 0"):
+    if isinstance(value, torch.Tensor):
+        return
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"Invalid {name}: {value!r}, expected {expected}")
+    if not 0 <= value < (1 if expected.endswith("< 1") else float("inf")) or expected.endswith("> 0") and value == 0:
+        raise ValueError(f"Invalid {name}: {value}, expected {expected}")
+
+
+def _check_callable(**options):
+    for name, value in options.items():
+        if value is not None and not callable(value):
+            raise TypeError(f"{name} is {type(value).__name__}, expected a callable")
 
 
 def _capturing():
@@ -511,7 +545,6 @@ class SophiaG(_Sophia):
 
     _denominator = "add"
     _curvature_codes = torch.uint8
-    _options = ("logits", "mask", "loss")
     _estimate = staticmethod(curvature.gnb)
 
     def __init__(
@@ -540,8 +573,68 @@ class SophiaG(_Sophia):
         common |= {"bf16_update": bf16_update, "state_dtype": state_dtype, "target_unclipped": target_unclipped}
         super().__init__(params, lr=lr, betas=betas, rho=rho, weight_decay=weight_decay, bs=bs, **common)
 
-    def update_hessian(self):
+    def attach(
+        self,
+        model: torch.nn.Module,
+        every: int = 10,
+        *,
+        phase: str = "paper",
+        logits: Callable[[Any], torch.Tensor] | None = None,
+        mask: Callable[[tuple, dict], torch.Tensor] | None = None,
+        likelihood: Likelihood | None = None,
+    ) -> None:
+        """Let step() refresh the curvature by itself, on the model's last training batch, with no change to the loop.
+
+        model: the module whose forward is called in training, compiled or not, and whose output the loss reads. every:
+        steps between refreshes. phase: "paper" refreshes at steps 1, 1+every, ...; "official" at every, 2*every, ....
+        logits, mask, likelihood: as for `refresh`; none is needed where the loss is a cross-entropy or binary
+        cross-entropy with logits of one output, in the model or outside: the gradient that training sends to the
+        output says which of its rows count, and along which axis the classes lie.
+
+        The refresh is one more forward and backward of that batch, at the weights it was trained at; h is folded in
+        after the step. It is kept so that rho*bs*h = rho*EMA(N*g^2) for N labels, whatever `bs` is, which therefore has
+        to stay as it is. Inputs are copied where a refresh is due, without their graph.
+        Raises RuntimeError if already attached (`detach` undoes it), ValueError for a model with none of the parameters
+        of this optimizer. The first step() raises TypeError, with nothing changed, where likelihood= is needed.
+        """
+        self._attach(model, every, phase, self._options(logits, mask, likelihood))
+
+    def refresh(
+        self,
+        model: torch.nn.Module,
+        batches: Iterable,
+        *,
+        logits: Callable[[Any], torch.Tensor] | None = None,
+        mask: Callable[[tuple, dict], torch.Tensor] | None = None,
+        likelihood: Likelihood | None = None,
+    ) -> None:
+        """Refresh the curvature now, on all of `batches` (an iterable of model inputs), as one estimate.
+
+        A mapping is passed to the model by keyword, a tuple or list by position. Whatever else the refresh touches is
+        as before afterwards: gradients, hooks of parameters, buffers and attributes of modules, random states, inputs.
+        A refresh that is not finite or has no labels is skipped and counted in `stats()`. The gradient of the sampled
+        labels is not clipped.
+
+        logits(output) -> [..., V]: the output that the loss reads, by default the one called logits, or the only one.
+        mask(args, kwargs) -> bool, shaped as logits without V: which labels count. By default those with a gradient of
+            the loss that the model returns (as with `labels` in the batch), and all if it returns none.
+        likelihood: "categorical", labels drawn from softmax(logits); "bernoulli", from sigmoid(logits), elementwise;
+            `growkit.optim.gaussian(sigma)`, for squared errors; or a callable(output) that returns (mean NLL of labels
+            drawn from the model, number of labels). By default what the gradient of the model's own loss says, or an
+            earlier training step of an attached model; TypeError where neither does.
+        N counts rows for "categorical", elements for the others. Label smoothing, weights, auxiliary losses are no part
+        of the likelihood, and of the estimate.
+        """
+        self._refresh(model, batches, self._options(logits, mask, likelihood))
+
+    def _options(self, logits, mask, likelihood):
+        _check_callable(logits=logits, mask=mask)
+        check(likelihood)
+        return {"logits": logits, "mask": mask, "likelihood": likelihood}
+
+    def update_hessian(self) -> None:
         """h <- beta2*h + (1-beta2)*g^2 with the gradients that `.grad` holds, as in the official code."""
+        self._telemetry.warn(self)
         self._fold()
 
     def _fold_bucket(self, group, bucket, count, skip, u):
@@ -571,7 +664,6 @@ class SophiaH(_Sophia):
 
     _denominator = "max"
     _curvature_codes = torch.int8
-    _options = ("loss",)
     _estimate = staticmethod(curvature.hutchinson)
 
     def __init__(
@@ -599,7 +691,37 @@ class SophiaH(_Sophia):
         common |= {"bf16_update": bf16_update, "state_dtype": state_dtype, "target_unclipped": target_unclipped}
         super().__init__(params, lr=lr, betas=betas, rho=rho, weight_decay=weight_decay, bs=1, **common)
 
-    def update_hessian(self, u=None):
+    def attach(
+        self,
+        model: torch.nn.Module,
+        every: int = 10,
+        *,
+        phase: str = "paper",
+        loss: Callable[[Any], torch.Tensor] | None = None,
+    ) -> None:
+        """Let step() refresh the curvature by itself, on the model's last training batch, with no change to the loop.
+
+        model, every, phase: as for SophiaG. loss(output): the training loss, by default the model output's `loss`.
+        The refresh is one more forward and two backwards of that batch, at the weights it was trained at; h is folded
+        in after the step. Raises as SophiaG's.
+        """
+        self._attach(model, every, phase, self._options(loss))
+
+    def refresh(
+        self, model: torch.nn.Module, batches: Iterable, *, loss: Callable[[Any], torch.Tensor] | None = None
+    ) -> None:
+        """Refresh the curvature now, on all of `batches`, as one estimate of the mean loss over them.
+
+        Batches as for SophiaG. loss(output): the training loss, by default the model output's `loss`, or its only
+        scalar. Raises TypeError where there is none, ValueError where it has no second derivative.
+        """
+        self._refresh(model, batches, self._options(loss))
+
+    def _options(self, loss):
+        _check_callable(loss=loss)
+        return {"loss": loss}
+
+    def update_hessian(self, u: Iterable[torch.Tensor] | None = None) -> None:
         """h <- beta2*h + (1-beta2)*u*(Hu), with Hu in `.grad` and u a list of probes, one per parameter with a `.grad`.
 
         Without u, the probe is the Rademacher one that `growkit.ops.rademacher_` writes for the optimizer's seed,
@@ -609,6 +731,7 @@ class SophiaH(_Sophia):
         if u is not None:
             ops.check_alike("update_hessian", params, u=u)
             u = dict(zip(params, u, strict=True))
+        self._telemetry.warn(self)
         self._fold(probes=u)
 
     def _fold_bucket(self, group, bucket, count, skip, u):

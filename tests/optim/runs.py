@@ -62,7 +62,12 @@ def mlp(dtype=torch.float32):
     return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).to(dtype)
 
 
-LOSS = {SophiaG: {}, SophiaH: {"loss": lambda z: cross_entropy(z.flatten(0, -2), torch.arange(z[..., 0].numel()) % 3)}}
+# What a refresh has to be told where no training step says it, and what an attached optimizer has to be told.
+DECLARED = {
+    SophiaG: {"likelihood": "categorical"},
+    SophiaH: {"loss": lambda z: cross_entropy(z.flatten(0, -2), torch.arange(z[..., 0].numel()) % 3)},
+}
+LOSS = {SophiaG: {}, SophiaH: DECLARED[SophiaH]}
 
 
 def estimate(optimizer):

@@ -7,11 +7,13 @@ import warnings
 
 import pytest
 import torch
-from optim.runs import BOTH, LABELS, LOSS, TOKENS, estimate, forward_backward, language_model, loop, mlp
+from optim import runs
+from optim.runs import BOTH, DECLARED, LABELS, LOSS, TOKENS, estimate, forward_backward, language_model, loop, mlp
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from growkit.optim import SophiaG, SophiaH
+from growkit.optim import SophiaG, SophiaH, gaussian
+from growkit.optim.replay import replaying
 
 
 @pytest.mark.parametrize("bs", [1, 5120, 1 << 20])
@@ -97,12 +99,10 @@ def test_accumulation_refreshes_once_on_the_last_micro_batch():
     optimizer.attach(model, every=1)
     for micro in range(3):
         x = forward_backward(model, micro, size=4 + micro)
-    expected = copy.deepcopy(optimizer)
+    twin = copy.deepcopy(model)  # the curvature is that of the weights the batch was trained at
     optimizer.step()
-    twin = mlp()
     expected = SophiaG(twin.parameters())
-    twin.load_state_dict(model.state_dict())
-    expected.refresh(twin, [x])
+    expected.refresh(twin, [x], **DECLARED[SophiaG])
     assert torch.equal(estimate(optimizer), estimate(expected))
 
 
@@ -113,7 +113,6 @@ def test_masked_labels_reach_the_refresh_of_an_attached_optimizer():
     optimizer.attach(model)
     model(input_ids=TOKENS, labels=LABELS).loss.backward()
     optimizer.step()
-    twin.load_state_dict(model.state_dict())
     expected = SophiaG(twin.parameters())
     expected.refresh(twin, [{"input_ids": TOKENS, "labels": LABELS}])
     model.zero_grad()
@@ -152,7 +151,7 @@ def test_a_refresh_leaves_no_trace_but_h(cls):
     copies = {n: b.clone() for n, b in buffers.items()}
     python, state = random.getstate(), torch.get_rng_state()
     weights = [p.detach().clone() for p in model.parameters()]
-    optimizer.refresh(model, [x], **LOSS[cls])
+    optimizer.refresh(model, [x], **DECLARED[cls])
     assert all(p.grad is g for p, g in zip(model.parameters(), grads, strict=True))
     assert all(map(torch.equal, grads, values)) and all(map(torch.equal, model.parameters(), weights))
     assert all(b is buffers[n] and torch.equal(b, copies[n]) for n, b in model.named_buffers())
@@ -191,9 +190,9 @@ def test_an_exception_in_the_refresh_restores_everything_too():
         raise KeyError("mine")
 
     with pytest.raises(KeyError, match="mine"):
-        optimizer.refresh(model, [x, x], loss=fail)
+        optimizer.refresh(model, [x, x], likelihood=fail)
     assert all(p.grad is g for p, g in zip(model.parameters(), grads, strict=True))
-    assert not optimizer._refreshing and optimizer.stats()["refreshes"] == 0
+    assert not replaying() and optimizer.stats()["refreshes"] == 0
 
 
 @BOTH
@@ -201,15 +200,15 @@ def test_a_refresh_that_is_not_finite_is_skipped_counted_and_reported(cls):
     model = mlp()
     optimizer = cls(model.parameters())
     x = torch.randn(6, 4)
-    optimizer.refresh(model, [x], **LOSS[cls])
+    optimizer.refresh(model, [x], **DECLARED[cls])
     before = estimate(optimizer)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        optimizer.refresh(model, [x * float("nan")], **LOSS[cls])
+        optimizer.refresh(model, [x * float("nan")], **DECLARED[cls])
     assert torch.equal(estimate(optimizer), before)
     assert optimizer.stats()["skipped"] == 1
     with pytest.warns(UserWarning, match="skipped a curvature refresh"):
-        optimizer.refresh(model, [x], **LOSS[cls])
+        optimizer.refresh(model, [x], **DECLARED[cls])
     assert not torch.equal(estimate(optimizer), before)
 
 
@@ -218,13 +217,13 @@ def test_a_refresh_without_labels_is_skipped_and_an_empty_micro_batch_harmless()
     x = torch.randn(6, 4)
     none = {"mask": lambda args, kwargs: torch.zeros(6, dtype=torch.bool)}
     optimizer = SophiaG(model.parameters())
-    optimizer.refresh(model, [x], **none)
+    optimizer.refresh(model, [x], **none, **DECLARED[SophiaG])
     assert optimizer.stats()["skipped"] == 1 and not estimate(optimizer).any()
     # Row numbers go on over an empty batch, so only the first batch of each may carry labels to be comparable.
     some = {"mask": lambda args, kwargs: torch.full((6,), args[0] is x)}
     a, b = SophiaG(model.parameters()), SophiaG(model.parameters())
-    a.refresh(model, [x, x.clone()], **some)
-    b.refresh(model, [x])
+    a.refresh(model, [x, x.clone()], **some, **DECLARED[SophiaG])
+    b.refresh(model, [x], **DECLARED[SophiaG])
     assert torch.equal(estimate(a), estimate(b)) and a.stats()["skipped"] == 0
 
 
@@ -238,17 +237,17 @@ def test_forwards_without_training_or_gradients_are_ignored():
     model.eval()
     model(torch.full((2, 4), float("nan")))
     model.train()
-    assert optimizer._attachment.inputs[0][0] is x
+    assert torch.equal(optimizer._attachment.call.args[0], x)
     optimizer.step()
     assert optimizer.stats()["skipped"] == 0 and optimizer.stats()["refreshes"] == 1
-    assert optimizer._attachment.inputs is None  # no batch is held longer than needed
+    assert optimizer._attachment.call is None  # no batch is held longer than needed
 
 
 def test_the_autocast_of_the_training_forward_is_entered_again():
     model, seen = mlp(), []
     model[0].register_forward_hook(lambda m, a, out: seen.append((out.dtype, torch.is_autocast_enabled("cpu"))))
     optimizer = SophiaG(model.parameters())
-    optimizer.attach(model, every=1)
+    optimizer.attach(model, every=1, likelihood=gaussian(1.0))
     with torch.autocast("cpu", torch.bfloat16):
         loss = model(torch.randn(6, 4)).float().square().mean()
     loss.backward()
@@ -302,11 +301,15 @@ def test_a_copy_or_file_of_the_model_carries_neither_optimizer_nor_batch():
 
 
 def test_an_attached_model_that_is_never_called_warns():
-    model, other = mlp(), mlp()
-    optimizer = SophiaG(other.parameters())
+    model = mlp()
+    optimizer = SophiaG(model.parameters())
     optimizer.attach(model, every=3)
+    parts = nn.Sequential(*model)  # the same parameters under another roof
+    with pytest.warns(UserWarning, match="two steps without seeing a call of the attached model") as caught:
+        loop(parts, optimizer, 3)
+    assert len(caught) == 1 and caught[0].filename == runs.__file__
     with pytest.warns(UserWarning, match="took 7 steps without a curvature refresh"):
-        loop(other, optimizer, 8)
+        loop(parts, optimizer, 5)
 
 
 def test_attach_works_with_a_compiled_model():

@@ -62,20 +62,20 @@ def mask(args, kwargs):
 
 def train(optimizer, model, calls, every=1):
     """One step over `calls` as micro-batches; lr is 0, so that the parameters stay those of the exact diagonal."""
-    optimizer.attach(model, every=every, mask=mask)
+    optimizer.attach(model, every=every, mask=mask, likelihood="categorical")
     for call in calls:
         (model(*call).logsumexp(-1).mean() / len(calls)).backward()
     optimizer.step()
 
 
 def whole(optimizer, model, x):
-    optimizer.refresh(model, [(x,)], mask=mask)
+    optimizer.refresh(model, [(x,)], mask=mask, likelihood="categorical")
     return x
 
 
 def micro_batches(sizes):
     def refresh(optimizer, model, x):
-        optimizer.refresh(model, [(part,) for part in x.split(sizes)], mask=mask)
+        optimizer.refresh(model, [(part,) for part in x.split(sizes)], mask=mask, likelihood="categorical")
         return x
 
     return refresh
@@ -84,7 +84,7 @@ def micro_batches(sizes):
 def masked(optimizer, model, x):
     counts = torch.arange(ROWS) % 3 != 1
     parts = [(a, c) for a, c in zip(x.split([5, 3]), counts.split([5, 3]), strict=True)]
-    optimizer.refresh(model, parts, mask=mask)
+    optimizer.refresh(model, parts, mask=mask, likelihood="categorical")
     return x[counts]
 
 

@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from optim.runs import ATTENTION, BOTH, LABELS, LOSS, TOKENS, estimate, language_model, mlp
+from optim.runs import ATTENTION, BOTH, DECLARED, LABELS, TOKENS, estimate, language_model, mlp
 from torch import nn
 from torch.func import functional_call, hessian
 from torch.nn.functional import cross_entropy
 
-from growkit.optim import SophiaG, SophiaH, curvature
+from growkit import ops
+from growkit.optim import SophiaG, SophiaH
 
 
 def averaged(cls, model, batches, runs, **options):
@@ -67,7 +68,7 @@ def test_gnb_times_labels_is_the_gauss_newton_diagonal(case):
         def forward(self, x, counts):
             return self.body(x)
 
-    mean, sigma = averaged(SophiaG, Model(), batches, 250, mask=lambda args, kwargs: args[1])
+    mean, sigma = averaged(SophiaG, Model(), batches, 250, mask=lambda args, kwargs: args[1], **DECLARED[SophiaG])
     assert_mean(mean, gauss_newton_diagonal(model, x, mask), sigma)
 
 
@@ -77,12 +78,12 @@ def test_gnb_is_the_gradient_of_cross_entropy_with_its_labels():
     optimizer = SophiaG(model.parameters(), bs=7)
     seen = []
 
-    def loss(z):  # the option for other likelihoods: here the same one, with the labels in sight
+    def loss(z):  # a likelihood of one's own: here the same one, with the labels in sight
         labels = torch.distributions.Categorical(logits=z).sample()
         seen.append(labels)
         return cross_entropy(z, labels), len(labels)
 
-    optimizer.refresh(model, [x[:8], x[8:]], loss=loss)
+    optimizer.refresh(model, [x[:8], x[8:]], likelihood=loss)
     gradients = torch.autograd.grad(cross_entropy(model(x), torch.cat(seen)), model.parameters())
     expected = 12 / 7 * torch.cat([g.flatten() for g in gradients]).square()
     torch.testing.assert_close(estimate(optimizer), expected, rtol=1e-12, atol=0)
@@ -159,8 +160,8 @@ def test_maximize_takes_the_curvature_of_minus_the_loss(cls):
     model, other = mlp(), mlp()
     x = torch.randn(6, 4)
     a, b = cls(model.parameters(), maximize=True), cls(other.parameters())
-    a.refresh(model, [x], **LOSS[cls])
-    b.refresh(other, [x], **LOSS[cls])
+    a.refresh(model, [x], **DECLARED[cls])
+    b.refresh(other, [x], **DECLARED[cls])
     assert torch.equal(estimate(a), estimate(b) * (-1 if cls is SophiaH else 1))
 
 
@@ -187,9 +188,8 @@ def test_hutchinson_says_what_it_cannot_differentiate(make, options, error, word
 
 SCORED = {
     # which of the 2x5 positions are scored by the training loss
-    "gpt2 plain": ("gpt2", {}, [[1, 1, 1, 1, 0], [1, 1, 1, 1, 0]]),
+    "gpt2 plain": ("gpt2", {}, [[1, 1, 1, 1, 1], [1, 1, 1, 1, 1]]),
     "gpt2 labels": ("gpt2", {"labels": LABELS}, [[1, 1, 1, 1, 0], [1, 1, 0, 0, 0]]),
-    "gpt2 attention": ("gpt2", {"attention_mask": ATTENTION}, [[1, 1, 1, 1, 0], [1, 1, 0, 0, 0]]),
     "gpt2 both": ("gpt2", {"attention_mask": ATTENTION, "labels": LABELS}, [[1, 1, 1, 1, 0], [1, 1, 0, 0, 0]]),
     "bert labels": ("bert", {"labels": LABELS}, [[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]),
     "bert sparse labels": (
@@ -212,15 +212,15 @@ def test_gnb_scores_the_positions_that_the_training_loss_scores(case, monkeypatc
         assert torch.equal(gradient.abs().sum(-1) > 0, positions)
     optimizer = SophiaG(model.parameters(), bs=1)
     captured = []
-    nll = curvature.ops.sampled_nll
+    nll = ops.sampled_nll
 
     def capture(z, *args, **kwargs):
         result = nll(z, *args, **kwargs)
         captured.extend((z, result[1]))
         return result
 
-    monkeypatch.setattr(curvature.ops, "sampled_nll", capture)
-    optimizer.refresh(model, [batch])
+    monkeypatch.setattr(ops, "sampled_nll", capture)
+    optimizer.refresh(model, [batch], **({} if "labels" in batch else DECLARED[SophiaG]))
     labels = torch.full(TOKENS.shape, -100)
     width = captured[1].numel() // 2
     labels[:, :width] = captured[1].view(2, width)
@@ -275,27 +275,28 @@ class Tuple(nn.Module):
     [
         (lambda z: (z, "aux"), {}),
         (lambda z: [z], {}),
-        (lambda z: {"scores": z}, {"logits": lambda out: out["scores"]}),
+        (lambda z: {"scores": z}, {}),
+        (lambda z: {"scores": z, "other": z.exp()}, {"logits": lambda out: out["scores"]}),
         (lambda z: z.T, {"logits": lambda out: out.T}),
         (lambda z: z.view(2, 3, 3), {}),
     ],
-    ids=["tuple", "list", "dict", "transposed", "3-d"],
+    ids=["tuple", "list", "dict", "two", "transposed", "3-d"],
 )
 def test_outputs_of_any_kind_give_the_same_estimate(wrap, options):
     x = torch.randn(6, 4)
     plain, wrapped = mlp(), Tuple(wrap)
     a, b = SophiaG(plain.parameters()), SophiaG(wrapped.parameters())
-    a.refresh(plain, [x])
-    b.refresh(wrapped, [(x,)], **options)
+    a.refresh(plain, [x], **DECLARED[SophiaG])
+    b.refresh(wrapped, [(x,)], **options, **DECLARED[SophiaG])
     torch.testing.assert_close(estimate(a), estimate(b), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize(
     ("wrap", "options", "error", "words"),
     [
-        (lambda z: {"scores": z}, {}, TypeError, "returned dict without logits .* pass logits=callable"),
+        (lambda z: {"a": z[:, 1:], "b": z[:, :2]}, {}, TypeError, r"several outputs .*\(a, b\): pass logits=callable"),
         (lambda z: z.sum(), {}, TypeError, "returned Tensor without logits"),
-        (lambda z: z[:, :1], {}, ValueError, r"\(6, 1\).*at least 2 classes.*pass loss="),
+        (lambda z: z[:, :1], {}, ValueError, r"\(6, 1\).*at least 2 classes to sample from"),
         (lambda z: z, {"mask": lambda a, k: torch.ones(5).bool()}, ValueError, r"\(5,\), expected \(6,\).*pass mask="),
     ],
     ids=["dict", "scalar", "one class", "mask"],
@@ -307,9 +308,9 @@ def test_outputs_that_cannot_be_scored_are_named_and_nothing_changes(wrap, optio
         p.grad = torch.ones_like(p)
     grads = [p.grad for p in model.parameters()]
     with pytest.raises(error, match=words):
-        optimizer.refresh(model, [torch.randn(6, 4)], **options)
+        optimizer.refresh(model, [torch.randn(6, 4)], **DECLARED[SophiaG], **options)
     assert not optimizer.state and optimizer.stats()["refreshes"] == 0
     assert all(p.grad is g for p, g in zip(model.parameters(), grads, strict=True))
     optimizer.attach(model)  # nor is it stuck in a refresh
     model(torch.randn(6, 4))
-    assert optimizer._attachment.inputs is not None
+    assert optimizer._attachment.called

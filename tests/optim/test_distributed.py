@@ -204,7 +204,7 @@ def warned(rank, world):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(2):
-            optimizer.refresh(ddp, [x])
+            optimizer.refresh(ddp, [x], likelihood="categorical")
     return [str(w.message) for w in caught if "skipped a curvature" in str(w.message)], optimizer.stats()
 
 

@@ -77,7 +77,7 @@ def test_refresh_gradient_norm_is_that_of_the_mean_loss():
     def loss(z):  # labels in sight, in place of sampled ones
         return cross_entropy(z, torch.zeros(len(z), dtype=torch.int64)), len(z)
 
-    optimizer.refresh(net, [x[:10], x[10:]], loss=loss)
+    optimizer.refresh(net, [x[:10], x[10:]], likelihood=loss)
     gradients = torch.autograd.grad(cross_entropy(net(x), torch.zeros(16, dtype=torch.int64)), net.parameters())
     norm = torch.cat([g.flatten() for g in gradients]).norm()
     assert optimizer.metrics()["refresh_grad_norm"] == pytest.approx(float(norm))

@@ -454,10 +454,10 @@ LOAD = {
         (nothing, lambda o: o.attach(torch.nn.Identity(), every=0), ValueError, "every=0, expected an integer >= 1"),
         (nothing, lambda o: o.attach(torch.nn.Identity(), every=2.5), ValueError, "every=2.5, expected an integer"),
         (nothing, lambda o: o.attach(torch.nn.Identity(), phase="late"), ValueError, "'late', expected 'paper' or"),
-        (nothing, lambda o: o.attach(torch.nn.Identity(), masks=len), TypeError, "'masks', expected .*'mask'"),
+        (nothing, lambda o: o.attach(torch.nn.Identity(), masks=len), TypeError, "unexpected keyword argument 'masks'"),
         (nothing, lambda o: o.attach(torch.nn.Identity(), mask=3), TypeError, "mask is int, expected a callable"),
         (nothing, lambda o: o.refresh(torch.nn.Identity(), []), ValueError, "batches is empty, expected at least one"),
-        (nothing, lambda o: o.refresh(torch.nn.Identity(), [], foo=len), TypeError, "option 'foo', expected"),
+        (nothing, lambda o: o.refresh(torch.nn.Identity(), torch.ones(2)), TypeError, "batches is Tensor, expected"),
     ],
     ids=lambda x: x[:24] if isinstance(x, str) else "",
 )
