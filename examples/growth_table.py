@@ -57,6 +57,13 @@ def llama(config):
     return make
 
 
+def opt(hidden, heads, kv, layers, ffn):
+    return transformers.OPTConfig(
+        hidden_size=hidden, num_attention_heads=heads, num_hidden_layers=layers, ffn_dim=ffn,
+        max_position_embeddings=24, activation_function="gelu", **TOKENS,
+    )  # fmt: skip
+
+
 # family -> class, config, whether the hidden size grows by whole copies only
 FAMILIES = {
     "gpt2": ("GPT2LMHeadModel", gpt2, False),
@@ -68,6 +75,12 @@ FAMILIES = {
     "mistral": ("MistralForCausalLM", llama(transformers.MistralConfig), False),
     "qwen2": ("Qwen2ForCausalLM", llama(transformers.Qwen2Config), False),
     "qwen3": ("Qwen3ForCausalLM", llama(transformers.Qwen3Config), False),
+    "phi3": ("Phi3ForCausalLM", llama(transformers.Phi3Config), False),
+    "gemma": ("GemmaForCausalLM", llama(transformers.GemmaConfig), False),
+    "gemma2": ("Gemma2ForCausalLM", llama(transformers.Gemma2Config), False),
+    "gemma3_text": ("Gemma3ForCausalLM", llama(transformers.Gemma3TextConfig), False),
+    "gpt_neox": ("GPTNeoXForCausalLM", bert(transformers.GPTNeoXConfig), False),
+    "opt": ("OPTForCausalLM", opt, False),
 }
 SMALL = (24, 3, 3, 3, 50)  # hidden, heads, key and value heads, layers, MLP
 GROUPED = (24, 6, 3, 3, 50)
@@ -76,7 +89,7 @@ GROUPED = (24, 6, 3, 3, 50)
 def sizes(family, start):
     """Small and large sizes: every direction at once, where the kind of growth allows it."""
     copied = FAMILIES[family][2] or start == "hypercloning"
-    grouped = family in ("llama", "mistral", "qwen2", "qwen3")
+    grouped = family in ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")
     small = GROUPED if grouped else SMALL
     if start == "zero_blocks":
         return small, (*small[:3], 5, small[4])
@@ -138,7 +151,9 @@ def untrained(model, steps):
             moved = moved[moved.any(1)]  # rows of tokens and positions that no batch has stay
         elif name.endswith("c_attn.bias"):
             moved = torch.cat(moved.chunk(3)[::2])  # softmax does not see the bias of keys ...
-        elif name.endswith(("key.bias", "k_proj.bias")) and not rotary:  # ... but where positions rotate them
+        elif name.endswith("query_key_value.bias"):  # ... but where positions rotate them, here a part of each head
+            moved = moved.unflatten(0, (model.config.num_attention_heads, 3, -1))[:, ::2]
+        elif name.endswith(("key.bias", "k_proj.bias")) and not rotary:
             continue
         if not moved.all():
             found.append(f"{name}: {int((~moved).sum())} of {moved.numel()} elements without gradient")

@@ -124,6 +124,10 @@ class LiGO(nn.Module):
                 f"small_model: got {type(small_model).__name__} of model_type {model_type!r}, expected a Hugging Face "
                 f"model of {', '.join(FAMILIES)}, or family= with a table of your own"
             )
+        for name, value in family.expects.items():
+            if getattr(self.small_config, name, value) != value:
+                got = getattr(self.small_config, name)
+                raise ValueError(f"small_model: config.{name} is {got!r}, the family's table is for {value!r}")
         if model is None and weights is None:
             raise ValueError("weights: got None with a config, expected a mapping of name to tensor")
         self._model_class = type(model) if model is not None else class_of(self.small_config)
@@ -324,13 +328,11 @@ class LiGO(nn.Module):
     def skeleton(self, dtype: torch.dtype | None = None) -> nn.Module:
         """A model of the large config on the small one's device, its parameters of no meaning yet."""
         model = self._build(self.config, dtype)
-        modules = dict(model.named_modules())
-        for name, (value, persistent) in self._buffers_of_small.items():
-            for layer_name in in_layers(name, self._source):
-                owner, _, leaf = layer_name.rpartition(".")
-                own = getattr(modules.get(owner), leaf, None)
-                if isinstance(own, torch.Tensor) and own.shape == value.shape:
-                    modules[owner].register_buffer(leaf, value.to(self._device, copy=True), persistent=persistent)
+        buffers = dict(model.named_buffers())
+        for name, value in self._buffers_of_small.items():
+            for own in (buffers.get(layer_name) for layer_name in in_layers(name, self._source)):
+                if own is not None and own.shape == value.shape:
+                    own.copy_(value)
         if self._generation_config is not None:
             model.generation_config = copy.deepcopy(self._generation_config)
         return model
@@ -354,9 +356,9 @@ class LiGO(nn.Module):
             stack = assemble(stacks, row.entries, self._small, row.small_shape)
             for name, value in zip(row.small_names, stack - row.offset if row.offset else stack, strict=True):
                 parameters[name].copy_(value)
-        for name, (value, persistent) in self._buffers_of_small.items():
-            owner, _, leaf = name.rpartition(".")
-            model.get_submodule(owner).register_buffer(leaf, value.to(self._device, copy=True), persistent=persistent)
+        buffers = dict(model.named_buffers())
+        for name, value in self._buffers_of_small.items():
+            buffers[name].copy_(value)
         return model
 
     def check(self, inputs: Mapping[str, torch.Tensor] | torch.Tensor | None = None) -> float:

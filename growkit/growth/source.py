@@ -137,13 +137,8 @@ def table_rows(family, skeletons, small, big, model_class):
 
 
 def kept_buffers(model):
-    """Buffers by name, with whether they are saved."""
-    kept = {}
-    for prefix, module in model.named_modules():
-        for leaf, value in module.named_buffers(recurse=False):
-            name = f"{prefix}.{leaf}".lstrip(".")
-            kept[name] = value.detach().clone(), leaf not in module._non_persistent_buffers_set
-    return kept
+    """Buffers by name, of those that are saved: the others follow from the config."""
+    return {name: value.detach().clone() for name, value in model.named_buffers() if name in model.state_dict()}
 
 
 def in_layers(name, source):

@@ -37,10 +37,11 @@ def ties(growth: Growth, sides: set[str]) -> dict[str, str]:
     if growth.start.width != "mixed":
         return {}
     head = "head_write" if "head_write" in sides and not growth.tied else "residual_write"
+    writers = {"head": head, "embedded": "residual_write", "branch": "residual_write"}
     found = {}
     for side in sides:
-        space, _, role = side.partition("_")
-        writer = head if space == "head" else f"{space}_write"
+        space = side.partition("_")[0]
+        writer = writers.get(space, f"{space}_write")
         alike = writer in sides and size_of(side, growth.small) == size_of(writer, growth.small)
         if side != writer and alike and size_of(side, growth.big) == size_of(writer, growth.big):
             found[side] = writer
@@ -97,15 +98,19 @@ def _residual(growth, random):
     D1, D2 = growth.small["residual"], growth.big["residual"]
     new, dtype = (D2 - D1, D1), random.dtype
     zeros, mean = torch.zeros(new, dtype=dtype), torch.full(new, 1 / D1, dtype=dtype)
+    multiplied = growth.family.residual.multiplier(D1) / growth.family.residual.multiplier(D2)
     if growth.copied and D2 % D1 == 0:
         # A tied head reads every copy whole, so its norm is divided instead.
         index = torch.arange(D2) % D1
         whole, shares = torch.eye(D1, dtype=dtype)[index[D1:]], _shares(index, D1).to(dtype)
-        maps = {f"residual_{role}": _top(whole.clone()) for role in ("write", "gain", "shift")}
+        sides = ("residual_write", "residual_gain", "residual_shift", "branch_write")
+        maps = {side: _top(whole.clone()) for side in sides}
+        maps["embedded_write"] = _top(whole.clone(), multiplied)
+        maps["branch_gain"] = _top(whole.clone(), _branch_scale(growth, D2, random))
         maps["residual_read"] = _top(whole.clone(), _scale(shares))
         maps["head_read"] = _top(whole.clone(), _scale(shares))
         for role in ("gain", "shift"):
-            maps[f"head_{role}"] = _top(whole.clone(), _scale(shares) if growth.tied else 1.0)
+            maps[f"head_{role}"] = _top(whole.clone(), _scale(shares / multiplied) if growth.tied else 1.0)
         return maps
     if growth.family.residual.post_norm:  # near: the mean is kept, the variance is not
         maps = {f"residual_{role}": _top(mean.clone()) for role in ("write", "shift")}
@@ -118,15 +123,19 @@ def _residual(growth, random):
     centred = growth.family.residual.norm == "layer" and growth.start.width != "zeros"
     unread = growth.family.residual.norm == "layer"  # where the shift reaches new coordinates, nothing may read them
     read = zeros if unread else random.normal(*new)
+    written = mean if centred else zeros
+    tied = k * k * multiplied if growth.tied else k  # the tied head is the embedding, longer by itself
     maps = {
-        "residual_write": _top(mean.clone() if centred else zeros.clone(), k),
+        "residual_write": _top(written.clone(), k),
+        "embedded_write": _top(written.clone(), k * multiplied),
+        "branch_write": _top(written.clone(), k),
+        "branch_gain": _top(random.normal(*new), _branch_scale(growth, D1, random)),  # k times as long already
         "residual_read": _top(read.clone()),
         "residual_gain": _top(random.normal(*new), 1 / k),
         "residual_shift": _top(random.normal(*new)),
         "head_read": _top(zeros.clone() if unread else random.normal(*new)),
-        # The tied head is the embedding, k times longer.
-        "head_gain": _top(random.normal(*new), 1 / k**2 if growth.tied else 1 / k),
-        "head_shift": _top(zeros.clone(), 1 / k) if growth.tied else _top(random.normal(*new)),
+        "head_gain": _top(random.normal(*new), 1 / tied),
+        "head_shift": _top(zeros.clone(), k / tied) if growth.tied else _top(random.normal(*new)),
     }
     return maps
 
@@ -141,11 +150,29 @@ def _layered_scale(growth, index, shares):
 
     There nothing would tell copies apart that are read as zero.
     """
-    source = source_layers(growth.start.depth, growth.small["layers"], growth.big["layers"])
-    skips = torch.tensor([t > 0 and source[t - 1] == s for t, s in enumerate(source)])
-    if not skips.any():
+    skips = _skips(growth)
+    if not skips.any() or growth.family.branched:
         return _scale(shares)
     return torch.where(skips[:, None], shares - 1 / torch.bincount(index)[index].to(shares.dtype), shares)
+
+
+def _branch_scale(growth, zeros, random):
+    """In layers that skip, the norm of what they add has no gain in the first `zeros` coordinates; others have nothing
+    to scale yet, and need a gain to learn."""
+    skips = _skips(growth)
+    if not skips.any():
+        return 1.0
+    scale = torch.ones(len(skips), growth.big["residual"], dtype=random.dtype)
+    scale[skips, :zeros] = 0.0
+    return scale
+
+
+def _skips(growth):
+    """Which large layers add nothing at first."""
+    if growth.start.depth != "skip":
+        return torch.zeros(growth.big["layers"], dtype=torch.bool)
+    source = source_layers(growth.start.depth, growth.small["layers"], growth.big["layers"])
+    return torch.tensor([t > 0 and source[t - 1] == s for t, s in enumerate(source)])
 
 
 def _hidden(growth, space, layers, layered, random):
@@ -225,7 +252,9 @@ def _attention(growth, layers, random):
     fresh = same + (slots < 0)[:, None] * random.normal(d2, d1)
     # Scores are divided by sqrt(head_dim). New query dimensions are zero, new key dimensions are not: both zero would
     # leave both without gradient.
-    scaled = getattr(growth.config, family.attention.scaled, True) if family.attention.scaled else True
+    scaled = family.attention.scaled
+    if isinstance(scaled, str):
+        scaled = getattr(growth.config, scaled, True)
     scale = math.sqrt(d2 / d1) if scaled else 1.0
     rotary = bool(rotary_dims(growth, d1))
 

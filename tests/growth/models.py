@@ -37,6 +37,13 @@ def _llama(config, hidden, heads, layers, ffn, kv=None, **options):
     )  # fmt: skip
 
 
+def _opt(hidden, heads, layers, ffn, kv=None, **options):
+    return transformers.OPTConfig(
+        hidden_size=hidden, num_attention_heads=heads, num_hidden_layers=layers, ffn_dim=ffn,
+        max_position_embeddings=POSITIONS, **_TOKENS | options,
+    )  # fmt: skip
+
+
 bert = functools.partial(_encoder, transformers.BertConfig)
 CONFIGS = {
     "gpt2": gpt2,
@@ -48,11 +55,19 @@ CONFIGS = {
     "mistral": functools.partial(_llama, transformers.MistralConfig),
     "qwen2": functools.partial(_llama, transformers.Qwen2Config),
     "qwen3": functools.partial(_llama, transformers.Qwen3Config),
+    "gpt_neox": functools.partial(_encoder, transformers.GPTNeoXConfig),
+    "opt": _opt,
+    "phi3": functools.partial(_llama, transformers.Phi3Config),
+    "gemma": functools.partial(_llama, transformers.GemmaConfig),
+    "gemma2": functools.partial(_llama, transformers.Gemma2Config, query_pre_attn_scalar=8),
+    "gemma3_text": functools.partial(_llama, transformers.Gemma3TextConfig, query_pre_attn_scalar=8),
 }
 FIRST = {
     "gpt2": "GPT2LMHeadModel", "bert": "BertForMaskedLM", "roberta": "RobertaForMaskedLM",
     "vit": "ViTForImageClassification", "deit": "DeiTForImageClassification", "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM",
+    "gpt_neox": "GPTNeoXForCausalLM", "opt": "OPTForCausalLM", "phi3": "Phi3ForCausalLM", "gemma": "GemmaForCausalLM",
+    "gemma2": "Gemma2ForCausalLM", "gemma3_text": "Gemma3ForCausalLM",
 }  # fmt: skip
 
 

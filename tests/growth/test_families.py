@@ -1,17 +1,20 @@
 """Every family, with every head class: lossless growth of width, depth, heads and MLP at once; what is carried over."""
 
+import dataclasses
 import math
 
 import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from growkit import LiGO
+from growkit.growth.families.table import Attention, Family, Residual, Size, by_head, linear, norm, tensor
 
 transformers = pytest.importorskip("transformers")
 
-from growth.models import CONFIGS, FIRST, model  # noqa: E402
+from growth.models import CONFIGS, FIRST, VOCABULARY, model  # noqa: E402
 
 HEADS = {
     "gpt2": ["GPT2Model", "GPT2ForSequenceClassification", "GPT2ForTokenClassification", "GPT2ForQuestionAnswering"],
@@ -102,14 +105,12 @@ def test_what_is_not_a_size_is_the_small_models():
     assert small.config.layer_types == ["full_attention", "sliding_attention"]
     small.config.id2label = {0: "a", 1: "b"}
     small.generation_config.eos_token_id = [7, 9]
-    small.model.rotary_emb.inv_freq *= 2
     config = CONFIGS["qwen2"](24, 3, 4, 50, bos_token_id=None, eos_token_id=None)
     operator = LiGO(small, config)
     grown = operator.grow()
     assert grown.config.layer_types == ["full_attention"] * 2 + ["sliding_attention"] * 2
     assert (grown.config.sliding_window, grown.config.eos_token_id, grown.config.id2label[1]) == (4, 0, "b")
     assert grown.generation_config.eos_token_id == [7, 9]
-    assert grown.model.rotary_emb.inv_freq.equal(small.model.rotary_emb.inv_freq)
     assert operator.check() == 0
 
 
@@ -117,3 +118,79 @@ def test_sizes_alone_keep_the_size_of_heads():
     operator = LiGO(model(CONFIGS["mistral"](24, 3, 2, 50, head_dim=4)), {"hidden_size": 48, "num_attention_heads": 6})
     assert operator.config.head_dim == 4 and operator.config.num_key_value_heads == 3
     assert operator.check() < 1e-5
+
+
+@dataclasses.dataclass
+class OwnConfig:
+    width: int
+    heads: int
+    depth: int
+    units: int
+
+
+class Own(nn.Module):
+    """Before-norm blocks with bare matrices, q, k and v joined head by head, and a saved buffer."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config, D = config, config.width
+        self.tokens = nn.Parameter(torch.empty(VOCABULARY, D))
+        self.blocks = nn.ModuleList()
+        for _ in range(config.depth):
+            block = nn.Module()
+            block.first, block.second = nn.LayerNorm(D), nn.LayerNorm(D)
+            block.qkv, block.out = nn.Linear(D, 3 * D), nn.Linear(D, D)
+            block.up, block.down = nn.Linear(D, config.units), nn.Linear(config.units, D)
+            self.blocks.append(block)
+        self.last, self.head = nn.LayerNorm(D), nn.Conv1d(D, 7, 1)
+        self.register_buffer("temperature", torch.ones(()))
+
+    def forward(self, input_ids):
+        x = self.tokens[input_ids]
+        for block in self.blocks:
+            q, k, v = block.qkv(block.first(x)).unflatten(-1, (self.config.heads, 3, -1)).transpose(1, 2).unbind(-2)
+            x = x + block.out(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(-2))
+            x = x + block.down(block.up(block.second(x)).tanh())
+        return self.head(self.last(x).mT) / self.temperature
+
+
+OWN = Family(
+    layers=Size("depth"),
+    residual=Residual(Size("width"), norm="layer", eps=""),
+    attention=Attention(Size("heads")),
+    hidden={"units": Size("units")},
+    tables={},
+    modules={
+        "tokens": tensor(None, "residual_write"),
+        "blocks.*.first": norm("residual"),
+        "blocks.*.qkv": linear("residual", by_head("query", "key", "value")),
+        "blocks.*.out": linear("value", "residual"),
+        "blocks.*.second": norm("residual"),
+        "blocks.*.up": linear("residual", "units"),
+        "blocks.*.down": linear("units", "residual"),
+        "last": norm("head"),
+        "head.weight": tensor(None, "head_read", None),
+        "head.bias": tensor(None),
+    },
+)
+
+
+@pytest.mark.parametrize("start", ["lossless", "lemon"])
+def test_a_model_and_a_table_of_ones_own(start):
+    small = Own(OwnConfig(12, 3, 2, 20)).double()
+    small.temperature.fill_(3)
+    for p in small.parameters():
+        nn.init.normal_(p, std=0.3)
+    operator = LiGO(small, OwnConfig(20, 5, 3, 33), start=start, family=OWN)
+    tokens = torch.arange(8)[None]
+    assert operator.check(tokens) < 1e-12
+    grown = operator.grow()
+    assert grown.temperature == 3 and grown.config == OwnConfig(20, 5, 3, 33)
+    with pytest.raises(ValueError, match="inputs: expected some, as random input_ids cannot be made for Own"):
+        operator.check()
+    losses = operator.fit(
+        [tokens] * 4, steps=4, loss=lambda net, batch: nn.functional.cross_entropy(net(batch), batch % 7)
+    )
+    assert losses[-1] < losses[0]
+    with pytest.raises(ValueError, match="table does not know: tokens"):
+        LiGO(small, {"depth": 3}, family=dataclasses.replace(OWN, modules={**OWN.modules, "tokens": {}}))

@@ -41,3 +41,14 @@ QWEN3 = replace(
         "layers.*.self_attn.k_norm.weight": tensor("key_gain"),
     },
 )
+PHI3 = replace(
+    LLAMA,
+    attention=replace(
+        LLAMA.attention, head_dim=None, rotary=lambda config: config.rope_parameters["partial_rotary_factor"]
+    ),
+    modules={
+        **LLAMA.modules,
+        "layers.*.self_attn.qkv_proj": linear("residual", ("query", "key", "value")),
+        "layers.*.mlp.gate_up_proj": linear("residual", ("ffn", "ffn")),
+    },
+)

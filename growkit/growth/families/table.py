@@ -5,6 +5,8 @@ consumes it), *gain* and *shift* (of norms). Spaces:
   residual            the stream through all layers
   query, key, value   attention heads; "value_read" has the size of the queries, as their output is read
   head                what the output layer reads: the last norm's output, or a hidden space of its own
+  embedded, branch    the stream's coordinates where it is written by embeddings that the model multiplies, and by a
+                      branch that a norm scales before it is added
   any other           hidden units (ffn, pooled, ...) or rows of a table (vocabulary, positions)
 """
 
@@ -15,10 +17,11 @@ from typing import Any, Literal, NamedTuple
 
 
 class Size(NamedTuple):
-    """A config field; `usual` computes the size from the config where the field is None."""
+    """A config field; `usual` computes the size from the config where the field is None; `more` is always added."""
 
     field: str
     usual: Callable[[Any], int] | None = None
+    more: int = 0
 
     def of(self, config: Any) -> int:
         value = getattr(config, self.field, None)
@@ -26,7 +29,7 @@ class Size(NamedTuple):
             value = self.usual(config)
         if value is None:
             raise ValueError(f"{self.field}: the config does not say")
-        return value
+        return value + self.more
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,7 @@ class Residual:
     norm: "layer" subtracts the mean and divides by the standard deviation, "rms" divides by the root mean square.
     post_norm: of a post-norm family, the module that ends a layer; empty where norms stand before what they feed.
     gain_offset: what the model adds to a stored gain.
+    multiplier: what the model multiplies "embedded" coordinates by, from the stream's size.
     """
 
     size: Size
@@ -43,6 +47,7 @@ class Residual:
     eps: str
     post_norm: str = ""
     gain_offset: float = 0.0
+    multiplier: Callable[[int], float] = lambda size: 1.0
 
 
 @dataclass(frozen=True)
@@ -51,8 +56,8 @@ class Attention:
     it is the residual size divided by heads.
 
     rotary: the part of head_dim that is rotated by position, paired half by half, as a number or from the config.
-    normed: queries and keys pass a norm over head_dim. scaled, layer_scaled: config flags that divide scores by
-    sqrt(head_dim), by the layer's number.
+    normed: queries and keys pass a norm over head_dim. scaled: whether scores are divided by sqrt(head_dim), or the
+    config flag that says so; layer_scaled: the flag that divides them by the layer's number.
     """
 
     heads: Size
@@ -60,7 +65,7 @@ class Attention:
     head_dim: Size | None = None
     rotary: float | Callable[[Any], float] = 0.0
     normed: bool = False
-    scaled: str = ""
+    scaled: bool | str = True
     layer_scaled: str = ""
 
 
@@ -72,6 +77,7 @@ class Family:
     tables: space -> size, of rows that are looked up: new ones do not change what the old ones give.
     modules: module (with "*" for the layer) -> parameter -> one entry per dimension; see `linear`, `norm` and the other
         functions here. Modules that a model does not have are skipped; a parameter that is not here is refused.
+    expects: config field -> the value that the table holds for.
     """
 
     layers: Size
@@ -80,6 +86,7 @@ class Family:
     hidden: Mapping[str, Size]
     tables: Mapping[str, Size]
     modules: Mapping[str, Mapping[str, tuple]] = field(repr=False)
+    expects: Mapping[str, Any] = field(default_factory=dict)
 
     def fields(self) -> dict[str, Size]:
         """Our name of every size that is a config field of its own."""
@@ -105,6 +112,11 @@ class Family:
             )
         return sizes
 
+    @property
+    def branched(self) -> bool:
+        """Whether a norm scales what a block adds to the stream."""
+        return any("branch_gain" in entries for entries in self.parameters().values())
+
     def parameters(self) -> dict[str, tuple]:
         """Parameter pattern -> entries."""
         return {
@@ -120,7 +132,7 @@ def size_of(side: str, sizes: Mapping[str, int]) -> int:
     if space in ("query", "key", "value"):
         heads = "heads" if space == "query" or side == "value_read" else "kv_heads"
         return sizes["head_dim"] * (1 if role == "gain" else sizes[heads])
-    return sizes["residual" if space == "head" and "head" not in sizes else space]
+    return sizes[space if space in sizes or space not in ("head", "embedded", "branch") else "residual"]
 
 
 class Joined(NamedTuple):
@@ -141,7 +153,14 @@ class Either(NamedTuple):
     sides: tuple[str, ...]
 
 
+def by_head(*spaces):
+    """A joined space to write to: these spaces for the first key and value head, then for the second, ..."""
+    return Joined(tuple(f"{space}_write" for space in spaces), "head")
+
+
 def _side(space, role):
+    if isinstance(space, Joined):
+        return space
     if isinstance(space, tuple) and role == "write":
         return Joined(tuple(f"{s}_write" for s in space))
     if isinstance(space, tuple):
