@@ -1,0 +1,258 @@
+"""One attached step of each kind of model: the curvature is that of what its loss scores, or is asked for in words."""
+
+import copy
+
+import pytest
+import torch
+from optim.runs import LABELS, TOKENS, language_model, mlp
+from torch import nn
+from torch.nn import functional as F
+
+from growkit import ops
+from growkit.optim import SophiaG, SophiaH, gaussian
+
+
+class Wrapped(nn.Module):
+    def __init__(self, body):
+        super().__init__()
+        self.body = body
+
+    def forward(self, *args, **kwargs):
+        return self.body(*args, **kwargs)
+
+
+class Multimodal(nn.Module):
+    """An image as a prefix of the text; only the text is scored, each position for the next one."""
+
+    def __init__(self):
+        super().__init__()
+        self.image, self.embed, self.head = nn.Linear(3, 8), nn.Embedding(7, 8), nn.Linear(8, 7)
+
+    def forward(self, pixels, tokens, labels):
+        logits = self.head(torch.cat([self.image(pixels), self.embed(tokens)], 1).tanh())
+        return {"loss": F.cross_entropy(logits[:, pixels.shape[1] : -1].flatten(0, 1), labels[:, 1:].flatten()),
+                "logits": logits}  # fmt: skip
+
+
+class Heads(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.first, self.second = mlp(), nn.Linear(3, 4), nn.Linear(3, 5)
+
+    def forward(self, x):
+        z = self.body(x).tanh()
+        return self.first(z), self.second(z)
+
+
+def bart():
+    transformers = pytest.importorskip("transformers")
+    shape = {name: 8 for name in ("d_model", "encoder_ffn_dim", "decoder_ffn_dim")}
+    shape |= {f"{part}_{name}": 1 for part in ("encoder", "decoder") for name in ("layers", "attention_heads")}
+    special = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 2}
+    config = transformers.BartConfig(vocab_size=12, max_position_embeddings=16, dropout=0.0, **shape, **special)
+    return transformers.BartForConditionalGeneration(config)
+
+
+def lora():
+    peft = pytest.importorskip("peft")
+    return peft.get_peft_model(copy.deepcopy(language_model("gpt2")), peft.LoraConfig(r=2, target_modules=["c_attn"]))
+
+
+def compiled():
+    return torch.compile(copy.deepcopy(language_model("gpt2")), backend="aot_eager")
+
+
+X, CLASSES = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)), torch.arange(6) % 3
+SHIFTED = LABELS.roll(-1, 1) != -100
+SHIFTED[:, -1] = False
+TEXT = {"input_ids": TOKENS, "labels": LABELS}
+own = lambda output, *_: output["loss"]  # noqa: E731
+# kind: model, its call, the loss of its output, the rows that it scores, the axis of the classes
+KINDS = {
+    "causal": (lambda: copy.deepcopy(language_model("gpt2")), TEXT, own, SHIFTED, -1),
+    "masked": (lambda: copy.deepcopy(language_model("bert")), TEXT, own, LABELS != -100, -1),
+    "seq2seq": (bart, {"input_ids": TOKENS + 3, "labels": LABELS}, own, LABELS != -100, -1),
+    "classifier": (mlp, {"input": X}, lambda z: F.cross_entropy(z, CLASSES), torch.ones(6).bool(), -1),
+    "segmentation": (
+        lambda: nn.Conv2d(4, 3, 1), {"input": X.view(2, 4, 3, 1)},
+        lambda z: F.cross_entropy(z, CLASSES.view(2, 3, 1)), torch.ones(2, 3, 1).bool(), 1,
+    ),
+    "multimodal": (
+        Multimodal, {"pixels": torch.ones(2, 2, 3), "tokens": TOKENS, "labels": LABELS}, own,
+        torch.cat([torch.zeros(2, 2).bool(), SHIFTED], 1), -1,
+    ),
+    "wrapped": (lambda: Wrapped(copy.deepcopy(language_model("gpt2"))), TEXT, own, SHIFTED, -1),
+    "peft": (lora, TEXT, own, SHIFTED, -1),
+    "compiled": (compiled, TEXT, own, SHIFTED, -1),
+    "ignored": (
+        mlp, {"input": X}, lambda z: F.cross_entropy(z, CLASSES, ignore_index=1), CLASSES != 1, -1,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_curvature_is_that_of_what_the_loss_scores(kind, monkeypatch):
+    make, call, loss, rows, axis = KINDS[kind]
+    torch.manual_seed(1)
+    model = make()
+    params = [p for p in model.parameters() if p.requires_grad]
+    optimizer = SophiaG(params, lr=0.0, bs=1)
+    optimizer.attach(model)
+    loss(model(*call.values()) if "input" in call else model(**call)).backward()
+    drawn, nll = [], ops.sampled_nll
+    monkeypatch.setattr(ops, "sampled_nll", lambda *a, **k: drawn.append(nll(*a, **k)) or drawn[-1])
+    optimizer.step()
+    labels = drawn[0][1].view(rows.shape)
+    assert len(drawn) == 1 and torch.equal(labels != -100, rows)
+    output = model(*call.values()) if "input" in call else model(**call)
+    z = (output if isinstance(output, torch.Tensor) else output["logits"]).movedim(axis, -1)
+    with torch.compiler.set_stance("force_eager"):
+        gradients = torch.autograd.grad(F.cross_entropy(z[rows], labels[rows]), params, allow_unused=True)
+    for p, g in zip(params, gradients, strict=True):
+        if g is not None:
+            torch.testing.assert_close(
+                optimizer.state[p]["hessian"], 0.01 * int(rows.sum()) * g.square(), rtol=1e-4, atol=1e-12
+            )
+
+
+def attached_step(model, loss, **options):
+    optimizer = SophiaG(model.parameters(), lr=1e-2, bs=1, betas=(0.9, 0.0))
+    optimizer.attach(model, **options)
+    loss(model(X)).backward()
+    before = [p.detach().clone() for p in model.parameters()]
+    try:
+        optimizer.step()
+    except TypeError:
+        assert all(map(torch.equal, model.parameters(), before)) and not optimizer.state
+        raise
+    return optimizer
+
+
+TARGETS = torch.randn(6, 3, generator=torch.Generator().manual_seed(2))
+
+
+@pytest.mark.parametrize(
+    ("model", "loss", "words"),
+    [
+        (mlp, lambda z: F.mse_loss(z, TARGETS), "neither that of a cross-entropy .*gaussian"),
+        (mlp, lambda z: F.smooth_l1_loss(z, TARGETS), "neither that of a cross-entropy"),
+        (mlp, lambda z: F.poisson_nll_loss(z, TARGETS.abs()), "neither that of a cross-entropy"),
+        (Heads, lambda z: sum(F.cross_entropy(each, CLASSES) for each in z), "several outputs .*pass logits="),
+        (lambda: nn.Linear(4, 1), lambda z: F.mse_loss(z, TARGETS[:, :1]), "neither that of a cross-entropy"),
+    ],
+    ids=["regression", "huber", "poisson", "two heads", "one output"],
+)
+def test_what_cannot_be_known_is_asked_for_before_anything_moves(model, loss, words):
+    with pytest.raises(TypeError, match=words):
+        attached_step(model(), loss)
+
+
+def test_regression_has_the_curvature_of_its_squares():
+    model, total = nn.Linear(4, 3), 0
+    for seed in range(300):
+        optimizer = SophiaG(model.parameters(), lr=0.0, bs=1, betas=(0.9, 0.0), seed=seed)
+        optimizer.attach(model, likelihood=gaussian(0.5**0.5))
+        F.mse_loss(model(X), TARGETS).backward()
+        optimizer.step()
+        optimizer.detach()
+        total = total + optimizer.state[model.weight]["hessian"]
+    exact = 2 / 18 * X.square().sum(0).expand(3, 4)  # the Hessian of the mean of 18 squares
+    assert (total / 300 / exact).mean().sub(1).abs() < 0.15
+
+
+def test_multi_label_has_the_curvature_of_its_bernoullis():
+    model, total = nn.Linear(4, 3), 0
+    y = (TARGETS > 0).float()
+    for seed in range(300):
+        optimizer = SophiaG(model.parameters(), lr=0.0, bs=1, betas=(0.9, 0.0), seed=seed)
+        optimizer.attach(model)
+        F.binary_cross_entropy_with_logits(model(X), y).backward()
+        optimizer.step()
+        optimizer.detach()
+        total = total + optimizer.state[model.weight]["hessian"]
+    p = model(X).detach().sigmoid()
+    exact = (p * (1 - p)).mT @ X.square() / 18
+    assert (total / 300 / exact).mean().sub(1).abs() < 0.15
+
+
+def test_a_near_match_is_told_once_and_a_declared_one_is_not():
+    def smoothed(z):
+        return F.cross_entropy(z, CLASSES, label_smoothing=0.2)
+
+    with pytest.warns(UserWarning, match="smoothed or soft labels") as caught:
+        attached_step(mlp(), smoothed)
+    assert len(caught) == 1
+    declared = attached_step(mlp(), smoothed, likelihood="categorical")
+    assert declared.stats()["refreshes"] == 1
+
+
+@pytest.mark.parametrize("likelihood", ["poisson", 3, gaussian])
+def test_an_unknown_likelihood_is_refused_at_attach(likelihood):
+    optimizer = SophiaG(mlp().parameters())
+    with pytest.raises(ValueError, match="likelihood=.*expected 'categorical', 'bernoulli'"):
+        optimizer.attach(mlp(), likelihood=likelihood)
+    assert optimizer.param_groups[0]["every"] == 0
+
+
+# --- nothing half done ---
+
+
+def fails(*_):
+    raise KeyError("mine")
+
+
+@pytest.mark.parametrize("cls", [SophiaG, SophiaH])
+@pytest.mark.parametrize("where", ["forward", "option", "second call", "lr", "bs", "betas", "file", "group", "attach"])
+def test_an_exception_leaves_parameters_and_state_bit_equal(cls, where):
+    model = Wrapped(mlp())
+    key = "likelihood" if cls is SophiaG else "loss"
+    loss = (lambda z: (F.cross_entropy(z, CLASSES), 6)) if cls is SophiaG else (lambda z: F.cross_entropy(z, CLASSES))
+    optimizer = cls(model.parameters(), 1e-2)
+    optimizer.attach(model, every=1, **{key: loss})
+
+    def trained():
+        optimizer.zero_grad()
+        F.cross_entropy(model(X), CLASSES).backward()
+
+    trained()
+    optimizer.step()
+    trained()
+    group = optimizer.param_groups[0]
+
+    def everything():
+        state = {p: {k: torch.as_tensor(v).clone() for k, v in s.items()} for p, s in optimizer.state.items()}
+        numbers = [int(group[key]) for key in ("steps", "refreshes")]
+        return (
+            [p.detach().clone() for p in model.parameters()],
+            state,
+            [p.grad.clone() for p in model.parameters()],
+            numbers,
+        )
+
+    call = optimizer.step
+    if where == "forward":
+        model.body[1].register_forward_hook(fails)
+    elif where == "option":
+        optimizer._attachment.options[key] = fails
+    elif where == "second call":
+        call = lambda: optimizer.refresh(model, [X, torch.ones(6, 5)], **{key: loss})  # noqa: E731
+    elif where in ("lr", "bs"):
+        group[where] = "1e-4"
+    elif where == "betas":
+        group["betas"] = (0.9, 2.0)
+    elif where == "file":
+        file = copy.deepcopy(optimizer.state_dict())
+        file["state"][1]["hessian"] = torch.zeros(3)
+        call = lambda: optimizer.load_state_dict(file)  # noqa: E731
+    elif where == "group":
+        call = lambda: optimizer.add_param_group({"params": [torch.zeros(2, requires_grad=True)], "lr": "1"})  # noqa: E731
+    else:
+        optimizer.detach()
+        call = lambda: optimizer.attach(mlp())  # noqa: E731
+    before = everything()
+    with pytest.raises((KeyError, ValueError, TypeError, RuntimeError)):
+        call()
+    for a, b in zip(
+        torch.utils._pytree.tree_leaves(before), torch.utils._pytree.tree_leaves(everything()), strict=True
+    ):
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
