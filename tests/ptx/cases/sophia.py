@@ -72,6 +72,7 @@ _step("float32, two programs", programs=2)
 _step("float32, scale and skip=0", {"scale": torch.tensor(0.25), "skip": torch.tensor(0.0)})
 _step("float32, skip=1", {"skip": torch.tensor(1.0)})
 _step("float32, skip=True", {"skip": torch.tensor(True)})
+_step("float32, skip=False", {"skip": torch.tensor(False)}, count=False)
 GIVEN = {"scale": torch.tensor(0.25), "skip": torch.tensor(0.0)}
 _step("float32, device scalars", GIVEN, device=("lr", "rho_bs"))
 _step("float32, device scalars of 64 bits", device=("lr", "rho_bs"), wide=torch.float64, count=False)
