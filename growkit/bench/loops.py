@@ -382,7 +382,22 @@ Not in the table:
 
 {others}
 
-Written by `python -m growkit.bench.loops --write docs/integrations.md`, with torch {torch} on CPU and gloo.
+Written by `python -m growkit.bench.loops --write docs/integrations.md`, with torch {torch} on CPU and gloo, and
+{versions}. A framework's row is there where it is installed; `make test-integrations` has them all.
+
+## What a framework needs
+
+- **Hugging Face Trainer**, and TRL's trainers: `optimizer_cls_and_kwargs=(growkit.integrations.huggingface.Sophia,
+  {{"rho": 0.05}})`. It makes the groups of `growkit.param_groups`, takes `learning_rate` and `weight_decay` of the
+  training arguments, attaches, and adds `metrics()` to what the Trainer logs. On an optimizer of your own, call
+  `attach` and `growkit.integrations.huggingface.log_metrics(trainer)`.
+- **Accelerate**: nothing; `optimizer.optimizer` is the growkit one after `prepare()`.
+- **Lightning**: `attach` in `configure_optimizers`; `growkit.integrations.lightning.Metrics()` among the callbacks.
+- **torchtitan**: `growkit.integrations.torchtitan.SophiaContainer`. Its container was tried, its own Trainer was not.
+- **litgpt**: `growkit.integrations.litgpt.SophiaG` by dotted name; `litgpt.pretrain` is compared with the plain loop in
+  float32 (1e-6).
+
+Each is a file in `examples/`, which a test compares with the plain loop.
 """
 
 
@@ -391,12 +406,15 @@ def main(arguments=None):
     parser.add_argument("names", nargs="*", help="loops whose name contains one of these; default all")
     parser.add_argument("--write", metavar="FILE", help="write the page to this file, such as docs/integrations.md")
     options = parser.parse_args(arguments)
-    chosen = [each for each in LOOPS if any(name in each.name for name in options.names or [""])]
+    from growkit.bench import frameworks  # which imports this module
+
+    chosen = [each for each in [*LOOPS, *frameworks.LOOPS] if any(name in each.name for name in options.names or [""])]
     rows = compare(chosen)
     print(table(rows))
     if options.write:
         others = "\n".join(["| | what happens |", "|---|---|", *(f"| {k} | {v} |" for k, v in OTHERS.items())])
         facts = {"others": others, "steps": STEPS, "micro": MICRO, "tolerance": TOLERANCE, "torch": torch.__version__}
+        facts["versions"] = frameworks.versions()
         Path(options.write).write_text(PAGE.format(table=table(rows), **facts))
     return any(isinstance(found, str) or found > TOLERANCE for _, _, found in rows)
 

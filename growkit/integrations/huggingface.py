@@ -1,13 +1,16 @@
 """transformers.Trainer, and the trainers made from it (TRL's)."""
 
 import inspect
+from types import MethodType
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 from transformers import Trainer, TrainerCallback
 
 from growkit.optim import SophiaG, param_groups
+from growkit.optim.replay import replaying
 
 
 class Sophia:
@@ -40,8 +43,11 @@ class Sophia:
         lr = trainer.args.learning_rate if lr is None else lr
         weight_decay = trainer.args.weight_decay if weight_decay is None else weight_decay
         built = optimizer(param_groups(model, weight_decay, no_decay=no_decay), lr=lr, **options)
-        built.attach(model, every, **(attach or {}))
-        model.register_forward_pre_hook(_with_logits, with_kwargs=True)
+        attach = attach or {}
+        if _computes_no_logits(model):
+            model.register_forward_pre_hook(_with_logits, with_kwargs=True)
+            attach = {"likelihood": "categorical", "mask": _scored, **attach} if optimizer is SophiaG else attach
+        built.attach(model, every, **attach)
         if trainer is not None:
             log_metrics(trainer)
         return built
@@ -53,11 +59,26 @@ def _caller() -> Trainer | None:
     return trainer if isinstance(trainer, Trainer) else None
 
 
-def _with_logits(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-    """TRL has its models compute a loss without logits; a refresh, which calls without labels, needs the logits."""
-    if kwargs.get("fused_lm_head") and kwargs.get("labels") is None and kwargs.get("shift_labels") is None:
-        return args, {name: value for name, value in kwargs.items() if name != "fused_lm_head"}
-    return None
+def _computes_no_logits(model: nn.Module) -> bool:
+    """Whether TRL has replaced the forward by one that, asked with `fused_lm_head`, gives a loss without logits."""
+    forwards = (module.__dict__.get("forward") for module in model.modules())
+    return any(
+        "fused_lm_head" in forward.__code__.co_varnames for forward in forwards if isinstance(forward, MethodType)
+    )
+
+
+def _with_logits(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """A refresh draws labels from the logits."""
+    return args, {name: value for name, value in kwargs.items() if name != "fused_lm_head" or not replaying()}
+
+
+def _scored(args: tuple, kwargs: dict) -> torch.Tensor:
+    """Which positions TRL's loss reads: position t is scored against label t+1, unless the labels come shifted."""
+    if kwargs.get("shift_labels") is not None:
+        return kwargs["shift_labels"] != -100
+    counts = kwargs["labels"].roll(-1, -1) != -100
+    counts[..., -1] = False
+    return counts
 
 
 def log_metrics(trainer: Trainer) -> None:
