@@ -47,7 +47,11 @@ class Mutation(NamedTuple):
 BARRIER = r"^\s*bar\.sync\s+0;"
 FMA = r"fma\.rn\.f32\s+(%r\d+), (\S+), (\S+), (\S+);"
 HALF_OF_THE_THREADS = "mov.u32 %r1, %tid.x; setp.lt.u32 %p1, %r1, 128; @%p1 bar.sync 0;"
-FLOAT32, COUNT, MATRIX = ("sophia_step_", "float32"), ("sophia_step_", "float32, count"), ("sampled_nll", "bfloat16")
+FLOAT32, COUNT, LIKELIHOOD = (
+    ("sophia_step_", "float32"),
+    ("sophia_step_", "float32, count"),
+    ("sampled_nll", "bfloat16"),
+)
 NEAREST, NORM = ("sophia_step_", "bfloat16, nearest"), ("squared_norm", "float32")
 OUT, RACE = "out of bounds", "race in shared memory"
 MUTATIONS = {
@@ -57,7 +61,7 @@ MUTATIONS = {
     "a load's mask dropped": Mutation(FLOAT32, substitute(r"@%p\d+ (ld\.global\.b32)", r"\1"), OUT),
     "a store's mask dropped": Mutation(FLOAT32, substitute(r"@%p\d+ (st\.global\.b32)", r"\1"), OUT),
     "one barrier dropped": Mutation(COUNT, substitute(BARRIER, ""), f"{RACE}|read before it is written"),
-    "all barriers dropped": Mutation(MATRIX, substitute(BARRIER, "", EVERY), f"{RACE}|read before it is written"),
+    "all barriers dropped": Mutation(LIKELIHOOD, substitute(BARRIER, "", EVERY), f"{RACE}|read before it is written"),
     "a barrier that half of the threads skip": Mutation(NORM, substitute(BARRIER, HALF_OF_THE_THREADS), "skip"),
     "truncated, not rounded to nearest": Mutation(
         NEAREST, substitute(r"cvt\.rn\.bf16", "cvt.rz.bf16", EVERY), "differ"

@@ -17,10 +17,7 @@ MAX_STEPS = 5_000_000  # instructions of a batch, by which time it hangs
 
 
 class Batch:
-    """Programs `first` .. `first + count - 1` of a grid. arguments: bits of each, an array of one element.
-
-    epoch: number of the stretch of time that begins now; each program's own are that one and its index apart.
-    """
+    """Programs `first` .. `first + count - 1` of a grid. arguments: bits of each, an array of one element."""
 
     def __init__(
         self,
@@ -58,7 +55,7 @@ class Batch:
     # --- what instructions call; lanes: the threads that take part ---
 
     def _who(self, lanes) -> Who:
-        # Unique over programs, as no two of them are in step by a barrier.
+        # Programs share no barrier, so each has stretches of time of its own.
         epoch = self._epoch[self._place[lanes]] * (1 << 32) + self._index[lanes]
         return Who(self._warp[lanes], self._index[lanes], epoch)
 

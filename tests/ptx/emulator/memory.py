@@ -114,10 +114,10 @@ class _Stretch:
         width = max(1, size // self._unit)
         return (offsets[:, None] // self._unit + np.arange(width)).ravel(), width
 
-    def load(self, offsets, dtype, count, who: Who, name: str, shared_by_readers=False) -> list[np.ndarray]:
-        """`count` neighbours for each lane. shared_by_readers: nothing writes here, so nothing can race."""
+    def load(self, offsets, dtype, count, who: Who, name: str, read_only=False) -> list[np.ndarray]:
+        """`count` neighbours for each lane. read_only: nothing writes here, so nothing can race."""
         view, first = self.view(dtype), offsets // dtype.itemsize
-        if not shared_by_readers:
+        if not read_only:
             units, width = self.units(offsets, dtype.itemsize * count)
             wrong = self._shadow.on_read(units, who.of(np.arange(len(offsets)).repeat(width)))
             _refuse_race("load", wrong.reshape(-1, width).any(1), offsets, who, name)
