@@ -93,20 +93,35 @@ GROWKIT_INLINE float* read(void* array, Type type, int64_t at, int64_t n, float*
   return const_cast<float*>(read(static_cast<const void*>(array), type, at, n, buffer));
 }
 
+// One element; returns whether |m| < d.
+template <bool fused, bool max>
+GROWKIT_INLINE int32_t update_one(float& w, float g, float& m, float h, const StepOptions& o) {
+  m = multiply_add<fused>(g * o.scale, o.gain, m * o.beta1);
+  const float x = h * o.rho_bs;
+  const float u = m / (max ? (x < o.eps ? o.eps : x) : x + o.eps);
+  const float least = u < -1 ? -1 : u, clipped = least > 1 ? 1 : least;  // a NaN stays one
+  w = multiply_add<fused>(clipped, -o.lr, w * o.decay);
+  return __builtin_fabsf(u) < 1;
+}
+
+// Memory bounds it, and a core's own prefetching of four streams falls short: each cache line is asked for kAhead early.
 template <bool fused, bool max>
 GROWKIT_INLINE int64_t update(float* __restrict w, const float* __restrict g, float* __restrict m,
-                              const float* __restrict h, int64_t n, const StepOptions& o) {
-  const float lr = -o.lr, decay = o.decay, beta1 = o.beta1, gain = o.gain, rho_bs = o.rho_bs, eps = o.eps,
-              scale = o.scale;
-  int32_t unclipped = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    m[i] = multiply_add<fused>(g[i] * scale, gain, m[i] * beta1);
-    const float x = h[i] * rho_bs;
-    const float u = m[i] / (max ? (x < eps ? eps : x) : x + eps);
-    unclipped += __builtin_fabsf(u) < 1;
-    const float least = u < -1 ? -1 : u, clipped = least > 1 ? 1 : least;  // a NaN stays one
-    w[i] = multiply_add<fused>(clipped, lr, w[i] * decay);
+                              const float* __restrict h, int64_t n, const StepOptions& options) {
+  const StepOptions o = options;  // a copy, which no store can change
+  int32_t counts[kLine] = {};
+  int64_t i = 0;
+  for (; i + kLine <= n; i += kLine) {
+    for (const float* stream : {static_cast<const float*>(w), g, static_cast<const float*>(m), h}) {
+      __builtin_prefetch(stream + i + kAhead);
+    }
+    for (int64_t j = 0; j < kLine; ++j) {
+      counts[j] += update_one<fused, max>(w[i + j], g[i + j], m[i + j], h[i + j], o);
+    }
   }
+  int64_t unclipped = 0;
+  for (; i < n; ++i) unclipped += update_one<fused, max>(w[i], g[i], m[i], h[i], o);
+  for (int32_t count : counts) unclipped += count;
   return unclipped;
 }
 

@@ -12,6 +12,8 @@ namespace growkit {
 
 constexpr int64_t kSlice = 1024;   // elements in the first-level cache at a time
 constexpr int64_t kBlock = 16384;  // elements that a thread takes at a time
+constexpr int64_t kLine = 16;      // elements of a cache line
+constexpr int64_t kAhead = 256;    // elements
 
 struct RandomKey {  // of 16 bits for each element, by Philox4x32-10
   bool random;      // false: rounding to nearest needs none
