@@ -77,6 +77,10 @@ def test_wheel_holds_growkit_and_nothing_else(archives):
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 
+def test_archives_show_well_on_pypi(archives):
+    command(sys.executable, "-m", "twine", "check", "--strict", *archives, cwd=archives[0].parent)
+
+
 def test_local_version(archives):
     said = command(sys.executable, "setup.py", "--version", cwd=ROOT, GROWKIT_LOCAL_VERSION="cu130", **PURE)
     assert said.split()[-1] == archives[1].name.split("-")[1] + "+cu130"
