@@ -470,7 +470,7 @@ class _Sophia(Optimizer):
         finite: steps where a `GradScaler` found an overflow, or where `clip_grad_norm` found no finite norm.
         """
         group = self.param_groups[0]
-        elements = sum(counted for _, counted in self._unclipped.values())
+        elements = int(sum(counted for _, counted in self._unclipped.values()))
         unclipped = sum(int(count) for count, _ in self._unclipped.values()) / elements if elements else None
         return {
             "steps": int(group["steps"]),
