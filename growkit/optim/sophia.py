@@ -45,6 +45,7 @@ class _Sophia(Optimizer):
     def __init__(self, params, **defaults):
         zero = torch.zeros((), dtype=torch.int64)
         schedule = {"every": 0, "phase": "paper", "steps": zero, "refreshes": zero.clone()}
+        schedule["curvature"] = self._estimate.__name__  # a file of the other class is refused
         schedule["unclipped"] = torch.tensor(-1.0, dtype=torch.float64)  # what rho="auto" goes by, not known yet
         self._reset_runtime()
         super().__init__(params, {**defaults, **schedule})
@@ -179,12 +180,17 @@ class _Sophia(Optimizer):
         keys that the file lacks, and the schedule of an attached optimizer if the file has none, keep the values
         of this optimizer. Raises ValueError, with nothing changed, if the state does not fit the parameters.
         """
-        loaded = {}
+        loaded, converted = {}, {}
 
         def complete(_, state_dict):
-            check_file(type(self).__name__, self.param_groups, state_dict)
+            check_file(type(self).__name__, self.param_groups, state_dict, self._estimate.__name__)
             groups = complete_groups(self.param_groups, state_dict["param_groups"], self.defaults)
+            for group in groups:
+                self._check_numbers(group)
             loaded.update(state_dict, param_groups=groups)
+            group_of = {i: group for group in groups for i in group["params"]}
+            for i, (p, own) in of_file(self.param_groups, loaded).items():
+                converted[p] = convert(p, group_of[i], own, self._curvature_codes)
             return loaded
 
         # Registered last, so that it sees what the user's own hooks make of the file.
@@ -193,10 +199,11 @@ class _Sophia(Optimizer):
             super().load_state_dict(state_dict)
         finally:
             hook.remove()
-        group_of = {p: group for group in self.param_groups for p in group["params"]}
-        for p, own in of_file(self.param_groups, loaded).values():
+        for p, own in converted.items():
             others = {key: value for key, value in self.state[p].items() if not key.endswith("_scale")}
-            self.state[p] = {**others, **convert(p, group_of[p], own, self._curvature_codes)}
+            self.state[p] = {**others, **own}
+        if self._attachment is not None:
+            self._attachment.units = [group["bs"] for group in self.param_groups]
 
     def __setstate__(self, state):
         super().__setstate__(state)

@@ -3,12 +3,11 @@
 `codes` is the integer dtype of an 8-bit `hessian`: uint8 where h is a mean of squares, int8 where it has a sign.
 """
 
-import warnings
-
 import torch
 
 from growkit import ops, reference
 from growkit.optim import distributed
+from growkit.warn import warn
 
 # Smaller tensors keep float32 state beside 8-bit state, as in bitsandbytes: norms and biases, which would save nothing.
 _CODED_FROM = 4096
@@ -95,8 +94,16 @@ def of_file(param_groups, state_dict):
     return {i: (p, state[i]) for i, p in zip(indices, params, strict=False) if state.get(i)}
 
 
-def check_file(name, param_groups, state_dict):
+def check_file(name, param_groups, state_dict, curvature):
     """Raise ValueError where the state of a file does not fit the parameters."""
+    for group in state_dict["param_groups"]:
+        # Files without the key are the official SophiaG's, or from before it: SophiaH's have bs=1.
+        found = group.get("curvature", "gnb" if group.get("bs") != 1 else curvature)
+        if found != curvature:
+            raise ValueError(
+                f"the file's curvature is that of {found}, expected {curvature}: {name} takes no state of the other "
+                "class, whose h has another unit"
+            )
     for i, (p, state) in of_file(param_groups, state_dict).items():
         needed = {"step", "exp_avg", "hessian"}
         scales = {key for key in state if key.endswith("_scale")}
@@ -104,6 +111,9 @@ def check_file(name, param_groups, state_dict):
             raise ValueError(f"state of parameter {i} has {sorted(state)}, expected {sorted(missing)} as well")
         if scales:
             check_coded(name, distributed.local(state["exp_avg"]), held(state))
+        for key in needed - {"step"}:
+            if not torch.is_tensor(state[key]):
+                raise ValueError(f"state {key} of parameter {i} is {type(state[key]).__name__}, expected a tensor")
         for key, value in state.items():
             if key in {"step", *scales} or not torch.is_tensor(value):
                 continue
@@ -124,7 +134,7 @@ def complete_groups(param_groups, groups, defaults):
     for own, group in zip(param_groups, groups, strict=False):
         for key in ("bs", "rho"):
             if key not in group and not (key == "rho" and "gamma" in group):
-                warnings.warn(f"the loaded file has no {key}: keeping {key}={own[key]}", stacklevel=5)
+                warn(f"the loaded file has no {key}: keeping {key}={own[key]}")
         if not group.get("every"):
             group |= {"every": own["every"], "phase": own["phase"]}
         for key in defaults:

@@ -10,7 +10,7 @@ from optim.runs import BOTH, assert_same, drive, fill_grads, params, snapshot
 
 from growkit import ops
 from growkit.bench.sophia import OfficialSophia
-from growkit.optim import SophiaG
+from growkit.optim import SophiaG, SophiaH
 
 
 def test_distributed_checkpoint_round_trip():
@@ -226,3 +226,33 @@ def test_load_respects_what_the_hooks_of_the_user_made_of_the_file():
     a, b = other.param_groups[0]["params"]
     assert torch.equal(other.state[a]["exp_avg"], optimizer.state[ps[1]]["exp_avg"])
     assert torch.equal(other.state[b]["exp_avg"], optimizer.state[ps[0]]["exp_avg"])
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["named", "from before the key"])
+def test_a_file_of_the_other_class_is_refused(old):
+    files = []
+    for cls in (SophiaG, SophiaH):
+        optimizer = cls(params())
+        drive(optimizer)
+        files.append(copy.deepcopy(optimizer.state_dict()))
+    if old:
+        del files[0]["param_groups"][0]["curvature"]
+    optimizer = SophiaH(params())
+    before = snapshot(optimizer)
+    with pytest.raises(ValueError, match="curvature is that of gnb, expected hutchinson"):
+        optimizer.load_state_dict(files[0])
+    assert_same(snapshot(optimizer), before)
+    if not old:
+        with pytest.raises(ValueError, match="curvature is that of hutchinson, expected gnb"):
+            SophiaG(params()).load_state_dict(files[1])
+
+
+@pytest.mark.parametrize("change", [{"lr": "1e-4"}, {"betas": (0.9, 2.0)}, {"rho": None}], ids=str)
+def test_a_file_with_numbers_that_no_step_can_use_changes_nothing(change):
+    optimizer = SophiaG(params())
+    drive(optimizer)
+    file, before = copy.deepcopy(optimizer.state_dict()), snapshot(optimizer)
+    file["param_groups"][0].update(change)
+    with pytest.raises((TypeError, ValueError), match="Invalid"):
+        optimizer.load_state_dict(file)
+    assert_same(snapshot(optimizer), before)
