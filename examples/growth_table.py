@@ -5,7 +5,7 @@
 Every parameter of the small models is random, so that nothing agrees by chance. Each grown model is saved and loaded
 again with nothing missing, unexpected or mismatched; compared with the small one on random tokens or pixels; asked to
 generate the same text where its logits are the same; and trained for some steps, after which no element may be without
-gradient and no two copies the same. Needs `pip install 'growkit[hf]'`, a minute of one CPU core and no download.
+gradient and no two copies the same. Needs `pip install 'growkit[hf]'`, some minutes of one CPU core and no download.
 """
 
 import argparse
@@ -180,7 +180,7 @@ def main(arguments=None):
     parser.add_argument("--families", nargs="+", default=list(FAMILIES), choices=FAMILIES)
     parser.add_argument("--starts", nargs="+", default=list(STARTS), choices=STARTS)
     parser.add_argument("--dtype", default="float64", choices=("float64", "float32"))
-    parser.add_argument("--steps", type=int, default=20, help="of training after growth")
+    parser.add_argument("--steps", type=int, default=8, help="of training after growth")
     options = parser.parse_args(arguments)
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()

@@ -71,9 +71,8 @@ def _structured(growth, sides, layers, layered, random):
 
 def _top(C, scale=1.0):
     """scale * [I; C]"""
-    return (
-        IdentityTop(C, scale) if C.shape[-2] or not isinstance(scale, float) or scale != 1.0 else Identity(C.shape[-1])
-    )
+    plain = isinstance(scale, float) and scale == 1.0
+    return Identity(C.shape[-1]) if plain and not C.shape[-2] else IdentityTop(C, scale)
 
 
 def _shares(index, small, random=None):
