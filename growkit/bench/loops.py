@@ -359,6 +359,8 @@ OTHERS = {
     "bfloat16 rounding, 8-bit state, SophiaH",
     '`state_dtype="8bit"` on shards': "right where a row has a multiple of 256 elements, refused by name elsewhere",
     "`torch.amp.GradScaler`": "right with DDP and FSDP2: an overflow in one process skips the step of all",
+    "an optimizer for each parameter, stepping within the backward": "right on one process with `update_hessian()` in "
+    "the hooks; refused where attached, and under DDP, which reduces gradients after the hooks",
     "distributed checkpoints": "right: saved by 2 processes and gone on with by 3; whole files go into shards and back",
     "DeepSpeed ZeRO, Megatron-LM": "not tried",
     "NCCL, CUDA, several machines": "not tried",

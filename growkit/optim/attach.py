@@ -152,6 +152,8 @@ def before_step(optimizer: Any) -> dict | None:
     """
     attachment, group = optimizer._attachment, optimizer.param_groups[0]
     name = type(optimizer).__name__
+    if distributed.in_backward():
+        _check_in_backward(optimizer)
     if attachment is None:
         if group["every"]:
             optimizer._warn_once(
@@ -194,12 +196,27 @@ def after_step(optimizer: Any, result: dict | None) -> None:
     if attachment is None or attachment.called:
         for each in optimizer.param_groups:
             each["steps"] = each["steps"] + 1
-        optimizer._tell_owner()
     if result is not None:
         optimizer._take(**result)
     if attachment is not None:
         attachment.missed = 0 if attachment.called else attachment.missed + 1
         attachment.start_step()
+
+
+def _check_in_backward(optimizer):
+    """A step taken by a hook of a parameter, as soon as its gradient is there."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    if distributed.world_size() > 1 and not all(map(distributed.is_sharded, params)):
+        raise RuntimeError(
+            "step() within the backward: DDP reduces gradients after the hooks of their parameters, so that every "
+            "process would follow gradients of its own; expected step() after the backward"
+        )
+    if optimizer._attachment is not None:
+        raise RuntimeError(
+            "step() within the backward of an attached model: a refresh belongs to the weights that the batch was "
+            "trained at, and those of earlier hooks have moved; expected step() after the backward, or no attach() "
+            "and, every k steps, a backward of sampled labels in which the hooks call update_hessian()"
+        )
 
 
 def _warn_of_no_refresh(optimizer):

@@ -50,6 +50,11 @@ def speaks():
     return world_size() == 1 or dist.get_rank() == 0
 
 
+def in_backward():
+    """Whether this is called by a hook, from within a backward."""
+    return torch._C._current_graph_task_id() != -1
+
+
 def check(model):
     """Raise RuntimeError, which names it, for a way of spreading the model over processes that a refresh cannot see."""
     if world_size() == 1:

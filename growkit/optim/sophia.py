@@ -237,9 +237,9 @@ class _Sophia(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._check_capture()
-        self._owner()
         refresh = self._before_step()
-        self._update(bs)
+        if not (torch.compiler.is_compiling() and self._update_shards(bs)):
+            self._update(bs)
         self._after_step(refresh)
         return loss
 
@@ -248,7 +248,16 @@ class _Sophia(Optimizer):
         """Whatever may fail comes first; returns the estimate of a refresh that is due, or None."""
         for group in self.param_groups:
             self._check_numbers(group)
+        self._owner()
         return before_step(self)
+
+    @torch._disable_dynamo
+    def _update_shards(self, bs):
+        """Update if parameters are shards, and tell so: tracing what finds each shard's place takes minutes."""
+        sharded = any(distributed.is_sharded(p) for group in self.param_groups for p in group["params"])
+        if sharded:
+            self._update(bs)
+        return sharded
 
     @torch._disable_dynamo
     def _after_step(self, refresh):

@@ -170,6 +170,25 @@ def overflowing(rank, world):
     return torch.equal(loops.whole(model.head.weight), before), optimizer.stats()["skipped_steps"], scaler.get_scale()
 
 
+def in_backward(rank, world):
+    """A step from a hook under DDP."""
+    model = nn.Linear(3, 4)
+    ddp = nn.parallel.DistributedDataParallel(model)
+    optimizer = SophiaG([model.weight])
+    before = model.weight.detach().clone()
+    model.weight.register_post_accumulate_grad_hook(lambda p: optimizer.step())
+    error = messages(lambda: ddp(torch.ones(2, 3)).sum().backward())[0]
+    return error, torch.equal(model.weight, before)
+
+
+def compiled_step(rank, world):
+    """torch.compile(optimizer.step) on shards: the same steps, run eagerly."""
+    model, optimizer = new_fsdp2(SophiaG)
+    step = torch.compile(optimizer.step, backend="aot_eager")
+    loops.train(model, step, rank=rank, world=world)
+    return loops.result(model, optimizer)
+
+
 def collectives(rank, world):
     """{what: small reductions that it takes}."""
     counts = {}
@@ -297,10 +316,11 @@ JOBS = {
         *(("driven", cls, *kind) for cls in (SophiaG, SophiaH) for kind in KINDS.values()),
         *(("in_columns", dtype) for dtype in (torch.float32, torch.bfloat16)),
         ("refused",), ("replicas_differ",), ("one_process_fails",), ("unequal_batches",), ("collectives",), ("warned",),
-        ("overflowing",),
+        ("overflowing",), ("compiled_step",),
         ("rows_cut_blocks",), ("zero_rounds",),
         *((job, cls) for cls in (SophiaG, SophiaH) for job in ("two_batches", "saved", "resumed")),
         ("zero_resumed", SophiaG), ("loaded_whole", SophiaG),
+        ("in_backward",),  # last: it leaves DDP in the middle of a backward
     ],
     3: [
         *(("driven", SophiaG, *KINDS[kind]) for kind in ("bfloat16, rounded stochastically", "8-bit state")),
@@ -427,6 +447,56 @@ def test_a_refresh_is_skipped_by_all_and_told_by_one(result):
 
 def test_a_step_that_overflows_in_one_shard_is_skipped_by_all(result):
     assert result(2, "overflowing") == [(True, 1, 512.0)] * 2
+
+
+def test_a_step_within_the_backward_is_refused_under_ddp(result):
+    for error, unchanged in result(2, "in_backward"):
+        assert "DDP reduces gradients after the hooks" in error and unchanged
+
+
+def test_an_optimizer_for_each_parameter_may_step_within_the_backward():
+    """On one process: every third backward is one of curvature, in which the hooks fold instead of stepping."""
+
+    def gradients(model, step):
+        torch.manual_seed(step)
+        return (model(torch.randn(4, 3)) * torch.randn(4, 2)).sum()
+
+    def train(hooked):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2))
+        each = {p: SophiaG([p], 1e-2, rho=1.0) for p in model.parameters()} if hooked else {}
+        optimizer = SophiaG(model.parameters(), 1e-2, rho=1.0)
+        for step in range(6):
+            what = "update_hessian" if step % 3 == 0 else "step"
+
+            def hook(p, what=what):
+                getattr(each[p], what)()
+                p.grad = None
+
+            hooks = [p.register_post_accumulate_grad_hook(hook) for p in each]
+            gradients(model, step).backward()
+            for handle in hooks:
+                handle.remove()
+            if not hooked:
+                getattr(optimizer, what)()
+                optimizer.zero_grad()
+        return [p.detach() for p in model.parameters()]
+
+    assert all(torch.equal(a, b) for a, b in zip(train(True), train(False), strict=True))
+
+
+def test_an_attached_optimizer_refuses_to_step_within_the_backward():
+    model = nn.Linear(3, 4)
+    optimizer = SophiaG(model.parameters())
+    optimizer.attach(model)
+    model.weight.register_post_accumulate_grad_hook(lambda p: optimizer.step())
+    with pytest.raises(RuntimeError, match="within the backward of an attached model"):
+        nn.functional.cross_entropy(model(torch.ones(2, 3)), torch.tensor([0, 1])).backward()
+
+
+def test_a_compiled_step_on_shards_is_the_step(result):
+    for run in result(2, "compiled_step"):
+        assert loops.difference(run, loops.plain(SophiaG)) < loops.TOLERANCE
 
 
 def test_8bit_blocks_that_shards_would_cut_are_refused(result):
