@@ -9,7 +9,7 @@ import torch
 
 from growkit.optim import curvature, distributed, likelihood
 from growkit.optim.replay import Call, replaying, undisturbed
-from growkit.warn import warn
+from growkit.warn import called_by, warn
 
 
 def is_due(group: dict) -> bool:
@@ -162,6 +162,13 @@ def before_step(optimizer: Any) -> dict | None:
                 "attach(model) again, or h stays as it is",
             )
         elif not group["refreshes"]:
+            if optimizer._since_refresh == 0 and called_by("transformers.trainer"):  # asked once, at the first step
+                optimizer._warn_once(
+                    "trainer",
+                    f"{name} is in a Trainer but attached to no model, so its h stays 0 and every element moves by lr: "
+                    "pass optimizer_cls_and_kwargs=(growkit.integrations.huggingface.Sophia, {...}), or call "
+                    "optimizer.attach(model), unless a callback of yours refreshes the curvature",
+                )
             _warn_of_no_refresh(optimizer)
         return None
     _warn_of_no_refresh(optimizer)

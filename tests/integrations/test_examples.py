@@ -135,6 +135,21 @@ def test_trainer_in_bfloat16():
     assert trainer.optimizer.optimizer.metrics()["refreshes"] == 2
 
 
+def test_a_forgotten_attach_is_told_at_the_first_step_at_the_line_that_calls_train(tmp_path):
+    transformers, tiny = example("transformers", "accelerate"), example("tiny")
+    args = {"max_steps": 1, "use_cpu": True, "report_to": "none", "save_strategy": "no", "disable_tqdm": True}
+    trainer = transformers.Trainer(
+        tiny.new_model(),
+        transformers.TrainingArguments(str(tmp_path), **args),
+        train_dataset=tiny.windows(8),
+        optimizer_cls_and_kwargs=(growkit.SophiaG, {"lr": 1e-3}),
+    )
+    with pytest.warns(UserWarning, match="in a Trainer but attached to no model") as caught:
+        trainer.train()
+    (told,) = [each for each in caught if "attached to no model" in str(each.message)]
+    assert told.filename == __file__
+
+
 def test_sophia_outside_of_a_trainer_asks_for_lr():
     huggingface = example("growkit.integrations.huggingface", "accelerate")
     with pytest.raises(ValueError, match="lr and weight_decay are missing"):
