@@ -130,7 +130,8 @@ LAYERS = (
     ("growkit.optim",),
     ("growkit.growth",),
     ("growkit",),
-    ("growkit.demo", "growkit.bench", "growkit.integrations"),
+    ("growkit.integrations",),
+    ("growkit.demo", "growkit.bench"),
     ("growkit.cli",),
     ("growkit.__main__",),
 )

@@ -385,7 +385,8 @@ Not in the table:
 {others}
 
 Written by `python -m growkit.bench.loops --write docs/integrations.md`, with torch {torch} on CPU and gloo, and
-{versions}. A framework's row is there where it is installed; `make test-integrations` has them all.
+{versions}.
+A framework's row is there where it is installed; `make test-integrations` has them all.
 
 ## What a framework needs
 
