@@ -168,6 +168,7 @@ def test_demo_passes_its_flags_on(demo, tmp_path):
             "seed": 3,
             "out": tmp_path / "new" / "out",
             "steps_scale": 0.5,
+            "sophia": False,
         }
     ]
     assert not list(tmp_path.iterdir())  # that --out can be written was tried, and nothing left

@@ -54,7 +54,7 @@ def done(tmp_path_factory, text):
     out = tmp_path_factory.mktemp("demo") / "out"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "stdout", printed := io.StringIO())
-        assert run(out, data=text) == 0
+        assert run(out, data=text, sophia=True) == 0
     return printed.getvalue(), out, json.loads((out / "results.json").read_text())
 
 
@@ -167,8 +167,7 @@ def test_a_run_that_fails_is_an_error_with_its_traceback(tmp_path):
 
 
 def test_without_a_terminal_a_line_now_and_then_says_how_long(capsys, monkeypatch):
-    monkeypatch.setattr(story, "PLAN", {"small": (None, 10), "scratch": (None, 30)})
-    teller = story.Teller(story.Console(width=200))
+    teller = story.Teller(story.Console(width=200), {"small": (None, 10), "scratch": (None, 30)})
     now = iter(teller.start + seconds for seconds in (11, 22, 33, 44))
     monkeypatch.setattr(story.time, "monotonic", lambda: next(now))
     for share in (0.2, 0.4, 0.6, 0.8):
@@ -280,6 +279,12 @@ def outcome(**bits):
 )
 def test_verdict_is_what_came_out(bits, words):
     assert words in outcome(**bits)
+
+
+def test_without_sophia_the_verdict_says_whose_runs_these_are():
+    runs = {name: {"bits_per_byte": 2.0, "flops": 1e9} for name in ("small", *report.FINAL[:4])}
+    runs["grown"] |= {"small_flops": 2e8, "fit_flops": 1e7, "after_start": 2.5, "after_fit": 2.46}
+    assert list(report.verdict(runs))[-1].startswith("The optimizer of these runs is AdamW")
 
 
 def test_labels_stand_apart():

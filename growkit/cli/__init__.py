@@ -62,7 +62,13 @@ command.add_command(inspect)
     default=1.0,
     help="Multiplies every number of steps, e.g. --steps-scale 0.05 for a quick look",
 )
-def demo(pretrained, **options):
+@click.option(
+    "--sophia",
+    is_flag=True,
+    show_default="off",
+    help="Also train the large model with SophiaG, grown and from scratch, e.g. growkit demo --sophia",
+)
+def demo(pretrained, sophia, **options):
     """Train small, grow, train on: on real text, with no download and no GPU."""
     missing = [package for package in DEMO_NEEDS if not importlib.util.find_spec(package)]
     if missing:
@@ -75,7 +81,7 @@ def demo(pretrained, **options):
             return own.run(folder=pretrained, **options)
         from growkit.demo.story import run
 
-        return run(**options)
+        return run(sophia=sophia, **options)
 
 
 @command.command()

@@ -28,7 +28,7 @@ def write(results, folder):
     done = [name for name in FINAL if name in runs]
     results["final"] = {name: runs[name]["bits_per_byte"] for name in done}
     results["final"]["flops"] = {name: runs[name]["flops"] for name in done}
-    if "scratch" in runs:  # all runs but two train with AdamW
+    if "scratch" in runs:  # all runs but those of SophiaG train with AdamW
         for each, of in ((results["final"], "bits_per_byte"), (results["final"]["flops"], "flops")):
             each["adamw_scratch"] = runs["scratch"][of]
     _replace(folder / "results.json", lambda file: file.write_text(json.dumps(results, indent=1) + "\n"))
@@ -47,6 +47,8 @@ def tell(results, console):
     for column in ("run", "parameters", "steps", "FLOPs", "CPU s", "bits/byte"):
         table.add_column(column, justify="left" if column == "run" else "right")
     for name, (title, *_) in NAMES.items():
+        if name not in results["runs"]:
+            continue
         r = results["runs"][name]
         cells = f"{r['parameters']:,}", f"{r['steps']:,}", f"{r['flops']:.2e}", f"{r['cpu_seconds']:.0f}"
         table.add_row(title, *cells, f"{r['bits_per_byte']:.3f}")
@@ -80,6 +82,9 @@ def verdict(runs):
         f"The limit: a middle size trained directly for the same FLOPs reaches {bits['middle']:.3f}, {words}. "
         "Growing is for a small model that exists, or a large one that is wanted."
     )
+    if "sophia_grown" not in runs:
+        yield "The optimizer of these runs is AdamW, tuned; growkit demo --sophia runs SophiaG's beside them."
+        return
     ours = [_against(bits[f"sophia_{name}"], bits[name], "AdamW") for name in ("scratch", "grown")]
     yield (
         f"The optimizer: all this is AdamW, tuned. SophiaG by its preset for short runs is {ours[0]} from scratch "

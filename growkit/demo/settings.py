@@ -19,8 +19,8 @@ class Settings:
     small: dict = dataclasses.field(default_factory=lambda: {"n_layer": 1, "n_embd": 32, "n_head": 2})
     middle: dict = dataclasses.field(default_factory=lambda: {"n_layer": 2, "n_embd": 48, "n_head": 3})
     large: dict = dataclasses.field(default_factory=lambda: {"n_layer": 4, "n_embd": 64, "n_head": 4})
-    flops: float = 6.5e11
-    small_steps: int = 1800
+    flops: float = 1.1e12
+    small_steps: int = 2000
     fit_steps: int = 20
     warmup: int = 30
     decay: float = 0.4

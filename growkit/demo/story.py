@@ -25,19 +25,21 @@ from growkit.text import doubts
 # run: the run it goes on from, if any, and its share of the time, in CPU seconds on one core of the README's machine.
 # In the order in which they are begun: the long ones first.
 PLAN = {
-    "small": (None, 11),
-    "scratch": (None, 25),
-    "never_grown": ("small", 45),
-    "middle": (None, 32),
-    "sophia_scratch": (None, 30),
-    "sophia_grown": ("small", 28),
-    "grown": ("small", 23),
+    "small": (None, 12),
+    "scratch": (None, 38),
+    "never_grown": ("small", 82),
+    "middle": (None, 54),
+    "grown": ("small", 30),
 }
+SOPHIA_PLAN = PLAN | {"sophia_scratch": (None, 42), "sophia_grown": ("small", 36)}
 LINE_EVERY = 20  # seconds between two lines where there is no terminal
 
 
-def run(*, data, device, seed, out, steps_scale, settings=None):
-    """Run the demo; the exit code is 0, 2 for unusable text, 130 if interrupted: `out` then holds what had finished."""
+def run(*, data, device, seed, out, steps_scale, sophia=False, settings=None):
+    """Run the demo, with `sophia` SophiaG's runs as well.
+
+    The exit code is 0, 2 for unusable text, 130 if interrupted: `out` then holds what had finished.
+    """
     settings = (settings or Settings()).scaled(steps_scale)
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 100)  # a file has no width of its own
     try:
@@ -60,10 +62,11 @@ def run(*, data, device, seed, out, steps_scale, settings=None):
     }
     console.print(f"text: {name}, {len(text):,} bytes, sha256 {results['text']['sha256'][:16]}", markup=False)
     console.print(", ".join(f"{k} {v}" for k, v in results["machine"].items()), markup=False)
-    console.print(f"{len(PLAN)} runs, {min(2, cores())} at a time, one thread each; results go to {out}", markup=False)
-    progress = Teller(console)
+    plan = SOPHIA_PLAN if sophia else PLAN
+    console.print(f"{len(plan)} runs, {min(2, cores())} at a time, one thread each; results go to {out}", markup=False)
+    progress = Teller(console, plan)
     try:
-        for job, result in trained(settings, data, seed, device, out, progress.told):
+        for job, result in trained(plan, settings, data, seed, device, out, progress.told):
             results["runs"][job] = result
             report.write(results, out)
             progress.finished(job, result)
@@ -84,12 +87,12 @@ def cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def trained(settings, data, seed, device, out, told):
-    """Yield (run, result) for every run of PLAN as it finishes; told(run, share, bits per byte) hears of the others.
+def trained(plan, settings, data, seed, device, out, told):
+    """Yield (run, result) for every run of `plan` as it finishes; told(run, share, bits per byte) hears of the others.
 
     RuntimeError if one fails. However this ends, no process is left behind.
     """
-    waiting, left, busy, idle, processes = dict(PLAN), {None: None}, {}, [], []
+    waiting, left, busy, idle, processes = dict(plan), {None: None}, {}, [], []
     spawn = multiprocessing.get_context("spawn")
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: Ctrl-C is this process's affair alone
     try:
@@ -139,11 +142,11 @@ def _serve(*arguments):
 class Teller:
     """Shows how far the runs are: a bar on a terminal, elsewhere a line now and then."""
 
-    def __init__(self, console):
-        self.console, self.share, self.bits = console, dict.fromkeys(PLAN, 0.0), {}
+    def __init__(self, console, plan):
+        self.console, self.plan, self.share, self.bits = console, plan, dict.fromkeys(plan, 0.0), {}
         self.start = self.line = time.monotonic()
         self.bar = Progress(BarColumn(), TextColumn("{task.description}"), console=console, transient=True)
-        self.task = self.bar.add_task("starting", total=sum(weight for _, weight in PLAN.values()))
+        self.task = self.bar.add_task("starting", total=sum(weight for _, weight in plan.values()))
         if console.is_terminal:
             self.bar.start()
 
@@ -151,7 +154,7 @@ class Teller:
         if name:
             self.share[name], self.bits[name] = share, bits
         now = time.monotonic()
-        done = sum(share * PLAN[name][1] for name, share in self.share.items())
+        done = sum(share * self.plan[name][1] for name, share in self.share.items())
         if self.bar.live.is_started:
             self.bar.update(self.task, completed=done, description=self.words(now, done))
         elif now - self.line >= LINE_EVERY:
@@ -159,7 +162,7 @@ class Teller:
             self.console.print(f"{now - self.start:4.0f} s: {self.words(now, done)}", markup=False, soft_wrap=True)
 
     def words(self, now, done):
-        going = [name for name in PLAN if 0 < self.share[name] < 1]
+        going = [name for name in self.plan if 0 < self.share[name] < 1]
         words = ", ".join(f"{name} {self.share[name]:.0%} at {self.bits[name]:.2f} bits/byte" for name in going)
         if not done:
             return words or "starting"
