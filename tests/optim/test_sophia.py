@@ -3,7 +3,6 @@
 import copy
 import json
 import pathlib
-import pickle
 import warnings
 
 import numpy
@@ -517,74 +516,3 @@ def test_everything_clipped_warns_and_stats_report_it():
             if step % 10 == 0:
                 optimizer.update_hessian()
     assert optimizer.stats() == {"steps": 60, "refreshes": 6, "skipped": 0, "skipped_steps": 0, "unclipped": 0.0}
-
-
-OPTIONS = [{}, {"weight_decay": 0.9}, {"maximize": True}, {"lr": torch.tensor(1e-3)}, {"rho": 1.0, "eps": 1e-8}]
-
-
-every_option = pytest.mark.parametrize("options", OPTIONS, ids=str)
-
-
-@BOTH
-def test_contract_error_inputs(cls):
-    common = pytest.importorskip("torch.testing._internal.common_optimizers", reason="needs expecttest")
-    for case in common.get_error_inputs_for_all_optims("cpu", torch.float32):
-        given = case.optimizer_error_input
-        wanted = given.params if given.params is not None else params((1, 1))
-        if case.error_type is UserWarning:
-            with pytest.warns(UserWarning, match=case.error_regex):
-                cls(wanted, **given.kwargs)
-        else:
-            with pytest.raises(case.error_type, match=case.error_regex):
-                cls(wanted, **given.kwargs)
-
-
-@BOTH
-@every_option
-def test_contract_foreach_is_the_for_loop_and_no_gradient_is_no_change(cls, options):
-    results = []
-    for foreach in (False, True, None):
-        ps = params()
-        optimizer = cls(ps, **options, foreach=foreach)
-        start = [p.detach().clone() for p in ps]
-        optimizer.step()
-        assert all(map(torch.equal, ps, start))
-        results.append([p.detach() for p in drive(optimizer)])
-    assert_same(results[0], results[1])
-    assert_same(results[0], results[2])
-
-
-@BOTH
-@every_option
-def test_contract_state_dict_deepcopy_and_pickle(cls, options):
-    optimizer = cls(params(), **options)
-    drive(optimizer)
-    for twin in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
-        assert_same(snapshot(twin), snapshot(optimizer))
-        public = {k for k in dir(optimizer) if not k.startswith("_")}
-        assert {k for k in dir(twin) if not k.startswith("_")} == public
-    # A file from before a flag existed, and with python numbers for step.
-    file = optimizer.state_dict()
-    assert all(torch.is_tensor(state["step"]) for state in file["state"].values())
-    groups = [{k: v for k, v in g.items() if k != "foreach"} for g in file["param_groups"]]
-    state = {i: {**s, "step": float(s["step"])} for i, s in file["state"].items()}
-    fresh = cls(params(), **options)
-    fresh.load_state_dict({"state": state, "param_groups": groups})
-    assert_same(snapshot(fresh), (snapshot(fresh)[0], *snapshot(optimizer)[1:]))
-
-
-@BOTH
-def test_contract_hooks_and_zero_grad(cls):
-    ps = params()
-    optimizer = cls(ps)
-    seen = []
-    optimizer.register_step_pre_hook(lambda *a: seen.append("pre"))
-    optimizer.register_step_post_hook(lambda *a: seen.append("post"))
-    optimizer.register_state_dict_post_hook(lambda *a: seen.append("state"))
-    optimizer.register_load_state_dict_post_hook(lambda *a: seen.append("load"))
-    fill_grads(ps, 0)
-    optimizer.step()
-    optimizer.load_state_dict(optimizer.state_dict())
-    assert seen == ["pre", "post", "state", "load"]
-    optimizer.zero_grad()
-    assert all(p.grad is None for p in ps)
