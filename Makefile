@@ -43,8 +43,9 @@ test-oldest: .venv-oldest/.installed
 	OMP_NUM_THREADS=1 .venv-oldest/bin/pytest tests/optim tests/ops -n logical --maxprocesses 8 --dist loadgroup $(ARGS)
 
 # What says within a minute whether a change is sound.
-QUICK = tests/ops tests/optim tests/typing tests/test_cli.py
-check: lint types
+QUICK = tests/typing tests/test_cli.py tests/test_docs.py tests/test_text.py tests/ops/test_kron_plan.py \
+	$(addprefix tests/optim/test_,groups.py state.py buckets.py sophia.py)
+check: lint
 	OMP_NUM_THREADS=1 .venv/bin/pytest -q -n logical --maxprocesses 8 --dist loadgroup $(or $(ARGS),$(QUICK))
 
 docs: $(INSTALLED)

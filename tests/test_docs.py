@@ -73,13 +73,13 @@ def test_files_named_in_documents_exist():
             assert (ROOT / name).exists() or "X" in name, f"{file.name}: {name}"
 
 
-def test_families_of_the_growth_page_are_those_that_grow():
+def test_families_of_the_growth_page_grow_by_the_names_it_gives():
     families = pytest.importorskip("growkit.growth.families", reason="needs growkit[hf]").FAMILIES
     rows = re.findall(r"^\| (`.*?`) \| (`.*`) \|$", (ROOT / "docs/growing.md").read_text(), re.MULTILINE)
     named = {}
     for types, sizes in rows:
         for model_type in re.findall(r"`(\w+)`", types):
             named[model_type] = set(re.findall(r"`(\w+)`", sizes))
-    assert named.keys() == set(families)
+    assert named and named.keys() <= set(families)
     for model_type, sizes in named.items():
         assert sizes <= {size.field for size in families[model_type].fields().values()}, model_type
