@@ -3,6 +3,7 @@
 import copy
 import math
 import warnings
+import weakref
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -29,6 +30,7 @@ from growkit.growth.source import (
 )
 from growkit.growth.spaces import Map
 from growkit.growth.starts import STARTS, Growth, Random, depth_map, source_layers
+from growkit.growth.state import grow_optimizer
 from growkit.growth.target import grown_config
 from growkit.growth.widths import ties, width_maps
 from growkit.kron import plan
@@ -87,6 +89,7 @@ class LiGO(nn.Module):
     """
 
     fit = fit
+    grow_optimizer = grow_optimizer
 
     def __init__(
         self,
@@ -138,6 +141,8 @@ class LiGO(nn.Module):
         skeletons = [meta(self._model_class, config) for config in (self.small_config, self.config)]
         expected, grown = (dict(skeleton.named_parameters()) for skeleton in skeletons)
         self._source, self._generation_config = source, copy.deepcopy(getattr(model, "generation_config", None))
+        named = [] if model is None else model.named_parameters()
+        self._parameters_of_small = {name: weakref.ref(p) for name, p in named}
         if weights is None:
             weights = dict(model.named_parameters())
             check_names(weights, expected)
@@ -150,6 +155,7 @@ class LiGO(nn.Module):
 
         self.rows = table_rows(family, skeletons, self._small, self._big, self._model_class)
         growth = Growth(family, self._small, self._big, start, self.small_config, is_tied(family, skeletons[0]))
+        self._growth = growth
         self._buffers_of_small = {} if model is None else kept_buffers(model)
         random = Random(self.seed, torch.promote_types(self._dtype, torch.float32))
         self.reason = "; ".join(obstacles(growth, TOLERANCE[random.dtype]))
