@@ -1,7 +1,9 @@
 """The benchmarks measure what they say, check what they time, and fail when they should."""
 
+import ast
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -444,6 +446,24 @@ def test_on_gpu_lists_its_parts_within_nine_minutes():
     *parts, total = done.stdout.splitlines()[1:]
     assert [line.split()[0] for line in parts] == ["install", "tests", "sophia", "expansion", "tune", "sanitizer"]
     assert float(total.split()[1]) < int(total.split()[2]) / 60 < 9
+
+
+def test_on_gpu_runs_files_that_a_bare_machine_can_import():
+    """torch with what it brings, pytest and transformers: a file that needs more would keep all others from running."""
+    there = {"torch", "triton", "numpy", "pytest", "transformers", "growkit", *sys.stdlib_module_names}
+    script = (ROOT / "benchmarks" / "on_gpu.sh").read_text()
+    files = {path for path in (ROOT / "tests").glob("**/test_*.py") if "mark.gpu" in path.read_text()} - {
+        Path(__file__)
+    }
+    files |= {path for word in re.findall(r"tests/\S+\.py", script) for path in ROOT.glob(word)}
+    assert len(files) > 4
+    for path in files:
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.Expr) and "importorskip" in ast.unparse(node):
+                break  # skipped as a whole where something is missing
+            names = [node.module] if isinstance(node, ast.ImportFrom) else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            assert {name.partition(".")[0] for name in names} <= there | {"ops", "optim", "ptx"}, path
 
 
 FAKE_PYTHON = """#!/usr/bin/env bash

@@ -12,13 +12,18 @@ import warnings
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch.nn import Parameter
-from torch.testing._internal import common_optimizers as common
 from torch.utils._pytree import tree_flatten
 
 from growkit.optim import SophiaG, SophiaH
+
+# A bare GPU machine, which runs the GPU tests of this file's folder, may lack what these need.
+pytest.importorskip("hypothesis")
+pytest.importorskip("expecttest")
+
+from hypothesis import given, settings  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
+from torch.testing._internal import common_optimizers as common  # noqa: E402
 
 CLASSES = {"SophiaG": SophiaG, "SophiaH": SophiaH}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
