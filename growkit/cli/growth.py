@@ -167,10 +167,13 @@ def inspect(model):
     for name, size in family.sizes(config).items():
         field = family.fields().get(name)
         click.echo(f"  {name:12} {size:8}  {field.field if field else 'derived'}")
-    rows, unknown = match(family, checkpoint.weights, checkpoint.model_class.base_model_prefix)
+    parameters = [name for name in checkpoint.weights if name not in checkpoint.buffers]
+    rows, unknown = match(family, parameters, checkpoint.model_class.base_model_prefix)
     for pattern, (entries, names) in rows.items():
         axes = ", ".join(_axis(entry) for entry in entries)
         click.echo(f"  {pattern:44} {len(names):4} x ({axes})")
+    for name in checkpoint.buffers:
+        click.echo(f"  {name:44}    buffer, as it is")
     for name in unknown:
         click.echo(f"  {name:44} not understood")
     return 1 if unknown else 0

@@ -16,6 +16,8 @@ import torch
 import transformers
 from safetensors import SafetensorError, safe_open
 
+from growkit.growth.source import class_of, saved_buffers
+
 SHARD_BYTES = 5 * 10**9
 # Beside config and weights: what a tokenizer or processor reads, by the names that transformers gives these files.
 _COMPANIONS = (
@@ -24,7 +26,8 @@ _COMPANIONS = (
     "generation_config.json", "LICENSE*",
 )  # fmt: skip
 _DTYPES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
 
 
@@ -35,7 +38,8 @@ class CheckpointError(ValueError):
 class Checkpoint(NamedTuple):
     """A small model as its files hold it.
 
-    config, model_class: of transformers. weights: parameter name -> tensor, read from disk when asked for.
+    config, model_class: of transformers. weights: name -> tensor of every parameter, then of every buffer that is
+    saved, read from disk when asked for; buffers: names of the latter.
     companions: files of tokenizer, processor and generation that a grown checkpoint takes over.
     """
 
@@ -43,22 +47,23 @@ class Checkpoint(NamedTuple):
     config: Any
     model_class: type
     weights: Mapping[str, torch.Tensor]
+    buffers: list[str]
     companions: list[Path]
 
     def model(self):
         """The model in memory, in eval mode."""
         model = self.model_class._from_config(self.config, dtype=next(iter(self.weights.values())).dtype).eval()
         with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                parameter.copy_(self.weights[name])
+            for name, held in (*model.named_parameters(), *saved_buffers(model).items()):
+                held.copy_(self.weights[name])
         return model
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
     """A local Hugging Face folder (safetensors or .bin, sharded or single), or a .gguf file.
 
-    Files whose names and shapes are those of the model's own parameters are read tensor by tensor; others (older
-    names, GGUF) go through transformers' own loading, into memory. Nothing is executed: pickles are read with
+    Files whose names and shapes are those of the model's own parameters and buffers are read tensor by tensor; others
+    (older names, GGUF) go through transformers' own loading, into memory. Nothing is executed: pickles are read with
     weights_only, and code that a checkpoint brings is not run.
     CheckpointError where something is missing, of another shape, cut off, quantized, or named outside the folder.
     """
@@ -77,31 +82,26 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         raise CheckpointError(
             f"{path}: is quantized (quantization_config), expected plain weights: dequantize it first"
         )
-    model_class = class_of(config)
+    try:
+        model_class = class_of(config)
+    except ValueError as error:
+        raise CheckpointError(f"{path / 'config.json'}: {error}") from None
     found = _Files(path)
     with torch.device("meta"):
         skeleton = model_class(config)
-    names = {name: list(p.shape) for name, p in skeleton.named_parameters()}
+    buffers = saved_buffers(skeleton)
+    names = {name: list(held.shape) for name, held in (*skeleton.named_parameters(), *buffers.items())}
     every = names.keys() | {name for name, _ in skeleton.named_parameters(remove_duplicate=False)}
     ignored = getattr(skeleton, "_keys_to_ignore_on_load_unexpected", None) or ()
     extra = [name for name in found if name not in every and not any(re.search(each, name) for each in ignored)]
-    if extra or not names.keys() <= found.keys() or any(True for _ in _persistent_buffers(skeleton)):
-        return _through_transformers(path, config=config)
+    if extra or not names.keys() <= found.keys():
+        return _through_transformers(path, config, model_class)
     for name, shape in names.items():
         if found.shape(name) != shape:
             raise CheckpointError(
                 f"{found.place(name)}: {name} is {found.shape(name)}, expected {shape} by config.json"
             )
-    return Checkpoint(path, config, model_class, found.only(names), _companions(path))
-
-
-def class_of(config: Any) -> type:
-    """The class of transformers that config.architectures names."""
-    name = next(iter(getattr(config, "architectures", None) or []), None)
-    made = getattr(transformers, str(name), None)
-    if not (isinstance(made, type) and issubclass(made, transformers.PreTrainedModel)):
-        raise CheckpointError(f"config.architectures: names {name!r}, expected a model class of transformers")
-    return made
+    return Checkpoint(path, config, model_class, found.only(names), list(buffers), _companions(path))
 
 
 def load_whole(model_class: type, folder: Path, **options: Any):
@@ -124,7 +124,7 @@ def load_whole(model_class: type, folder: Path, **options: Any):
     return model
 
 
-def _through_transformers(folder, config=None, gguf_file=None):
+def _through_transformers(folder, config=None, model_class=None, gguf_file=None):
     if gguf_file:
         model = load_whole(transformers.AutoModelForCausalLM, folder, gguf_file=gguf_file)
         model.config = type(model.config).from_dict(  # its weights are plain numbers once read
@@ -132,18 +132,14 @@ def _through_transformers(folder, config=None, gguf_file=None):
         )
         model.config.architectures = [type(model).__name__]
     else:
-        model = load_whole(class_of(config), folder, config=config, dtype="auto")
-    return Checkpoint(folder, model.config, type(model), dict(model.named_parameters()), _companions(folder))
+        model = load_whole(model_class, folder, config=config, dtype="auto")
+    buffers = saved_buffers(model)
+    weights = dict(model.named_parameters()) | buffers
+    return Checkpoint(folder, model.config, type(model), weights, list(buffers), _companions(folder))
 
 
 def _companions(folder):
     return sorted({path for pattern in _COMPANIONS for path in folder.glob(pattern) if path.is_file()})
-
-
-def _persistent_buffers(model):
-    for prefix, module in model.named_modules():
-        for leaf in module._buffers.keys() - module._non_persistent_buffers_set:
-            yield f"{prefix}.{leaf}".lstrip(".")
 
 
 class _Files(Mapping):

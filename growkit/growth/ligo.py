@@ -20,11 +20,11 @@ from growkit.growth.obstacles import obstacles
 from growkit.growth.source import (
     check_names,
     class_of,
-    in_layers,
+    grown_buffers,
     is_tied,
-    kept_buffers,
     layer_counts,
     meta,
+    saved_buffers,
     table_rows,
     unwrapped,
 )
@@ -83,6 +83,7 @@ class LiGO(nn.Module):
     config: the grown model's.
     rows: what the table says of this model, as `Row`s.
     maps, depth: the learned operators; `maps["ffn_read"]` may be replaced by another map of `growkit.growth.spaces`.
+    kept_buffers: name -> value, of the large model's saved buffers: as the small layer has them that a layer resembles.
     ties: side -> side whose map it uses while it has none of its own in `maps`.
     reason: why the start cannot be lossless; empty where it is meant to be. `exact` and `check()` measure.
     Operators are promote_types(small dtype, float32).
@@ -140,7 +141,7 @@ class LiGO(nn.Module):
         self.config.architectures = [self._model_class.__name__]
         skeletons = [meta(self._model_class, config) for config in (self.small_config, self.config)]
         expected, grown = (dict(skeleton.named_parameters()) for skeleton in skeletons)
-        self._source, self._generation_config = source, copy.deepcopy(getattr(model, "generation_config", None))
+        self._generation_config = copy.deepcopy(getattr(model, "generation_config", None))
         named = [] if model is None else model.named_parameters()
         self._parameters_of_small = {name: weakref.ref(p) for name, p in named}
         if weights is None:
@@ -156,7 +157,7 @@ class LiGO(nn.Module):
         self.rows = table_rows(family, skeletons, self._small, self._big, self._model_class)
         growth = Growth(family, self._small, self._big, start, self.small_config, is_tied(family, skeletons[0]))
         self._growth = growth
-        self._buffers_of_small = {} if model is None else kept_buffers(model)
+        self._keep_buffers(model, weights, skeletons, source)
         random = Random(self.seed, torch.promote_types(self._dtype, torch.float32))
         self.reason = "; ".join(obstacles(growth, TOLERANCE[random.dtype]))
         if self.reason and start.lossless:
@@ -180,6 +181,22 @@ class LiGO(nn.Module):
         self.ties = ties(growth, set(sides))
         maps = width_maps(growth, sides.keys() - self.ties.keys(), layers, layered, random)
         self.maps = nn.ModuleDict({side: maps[side] for side in sorted(maps)})
+
+    def _keep_buffers(self, model, weights, skeletons, source):
+        if model is not None:
+            small = saved_buffers(model)
+        else:
+            small = {name: weights[name] for name in saved_buffers(skeletons[0]) if name in weights}
+        saved = saved_buffers(skeletons[1])
+        self._buffers_of_small = {name: value.clone() for name, value in small.items()}
+        grown = grown_buffers(self._buffers_of_small, source)
+        self.kept_buffers = {n: v for n, v in grown.items() if n in saved and v.shape == saved[n].shape}
+        lost = sorted(saved.keys() - self.kept_buffers.keys())
+        if model is None and lost:  # with a model in memory, its constructor makes them
+            raise ValueError(
+                f"small_model: {self._model_class.__name__} saves buffers that are absent, or of another shape in the "
+                f"large model, and cannot be grown from weights alone: {', '.join(lost)}"
+            )
 
     def _load(self, row):
         """The small weights of one row, checked: a stack [L1, rows, columns] per piece, maybe with a layer of ones."""
@@ -266,13 +283,14 @@ class LiGO(nn.Module):
 
     @torch.no_grad()
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Name and value of every parameter of the large model, in the small dtype, one at a time.
+        """Name and value of every parameter of the large model, in the small dtype, one at a time; then saved buffers.
 
         Held at once: the small stack of one module type, the same widened, and one large tensor.
         """
         for row in self.rows:
             for name, value in self._grown(row):
                 yield name, value.to(self._dtype)
+        yield from self.kept_buffers.items()
 
     def _grown(self, row):
         """`tensors()` of one row, in the dtype of the operators."""
@@ -335,10 +353,8 @@ class LiGO(nn.Module):
         """A model of the large config on the small one's device, its parameters of no meaning yet."""
         model = self._build(self.config, dtype)
         buffers = dict(model.named_buffers())
-        for name, value in self._buffers_of_small.items():
-            for own in (buffers.get(layer_name) for layer_name in in_layers(name, self._source)):
-                if own is not None and own.shape == value.shape:
-                    own.copy_(value)
+        for name, value in self.kept_buffers.items():
+            buffers[name].copy_(value)
         if self._generation_config is not None:
             model.generation_config = copy.deepcopy(self._generation_config)
         return model

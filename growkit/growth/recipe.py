@@ -113,8 +113,9 @@ def plan(recipe: Recipe) -> Plan:
     small_sizes, sizes = family.sizes(config), family.sizes(operator.config)
     dtype = next(iter(checkpoint.weights.values())).dtype
     entries = [Entry(name, row.shape, dtype) for row in operator.rows for name in row.names]
-    small_count = sum(len(row.small_names) * math.prod(row.small_shape) for row in operator.rows)
     count = sum(math.prod(entry.shape) for entry in entries)
+    entries += [Entry(name, list(value.shape), value.dtype) for name, value in operator.kept_buffers.items()]
+    small_count = sum(len(row.small_names) * math.prod(row.small_shape) for row in operator.rows)
     # The small stack of a row, the same widened, one large tensor; the operators; learning holds four large models.
     widest = max(
         len(row.small_names) * (math.prod(row.small_shape) + math.prod(row.shape)) + math.prod(row.shape)

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -58,13 +58,15 @@ def unwrapped(model):
     return model
 
 
-def class_of(config):
+def class_of(config: Any) -> type:
+    """The class of transformers that config.architectures names first."""
     import transformers
 
     name = next(iter(getattr(config, "architectures", None) or []), None)
-    if not hasattr(transformers, str(name)):
-        raise ValueError(f"small_model: config.architectures names {name!r}, expected a class of transformers")
-    return getattr(transformers, name)
+    found = getattr(transformers, str(name), None)
+    if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
+        raise ValueError(f"config.architectures: names {name!r}, expected a model class of transformers")
+    return found
 
 
 def layer_counts(family, config, wanted):
@@ -136,15 +138,22 @@ def table_rows(family, skeletons, small, big, model_class):
     return found
 
 
-def kept_buffers(model):
+def saved_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
     """Buffers by name, of those that are saved: the others follow from the config."""
-    return {name: value.detach().clone() for name, value in model.named_buffers() if name in model.state_dict()}
+    saved = model.state_dict().keys()
+    return {name: value.detach() for name, value in model.named_buffers() if name in saved}
 
 
-def in_layers(name, source):
-    """Names in the large model of a buffer of the small one: one per layer that resembles the small layer."""
-    parts = name.split(".")
-    at = next((i for i, part in enumerate(parts) if part.isdigit()), None)
-    if at is None:
-        return [name]
-    return [".".join([*parts[:at], str(t), *parts[at + 1 :]]) for t, s in enumerate(source) if s == int(parts[at])]
+def grown_buffers(buffers, source):
+    """name -> value in the large model of the small one's buffers: a layer has those of the layer it resembles."""
+    grown = {}
+    for name, value in buffers.items():
+        parts = name.split(".")
+        at = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+        if at is None:
+            grown[name] = value
+            continue
+        for layer, small in enumerate(source):
+            if small == int(parts[at]):
+                grown[".".join([*parts[:at], str(layer), *parts[at + 1 :]])] = value
+    return grown

@@ -7,6 +7,7 @@ import random
 import resource
 import shutil
 import signal
+import sys
 import time
 
 import pytest
@@ -66,6 +67,56 @@ def test_recipe_makes_the_same_weights_again(folder, tmp_path):
     growth.run(growth.plan(again), tmp_path / "second", shard_bytes=20_000)
     for path in (tmp_path / "first").glob("*.safetensors"):
         assert path.read_bytes() == (tmp_path / "second" / path.name).read_bytes()
+
+
+class Tempered(transformers.GPT2LMHeadModel):
+    """Logits by a buffer that is saved; one per layer beside it, and one whose size follows from the config."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.register_buffer("temperature", torch.ones(()))
+        for block in self.transformer.h:
+            block.register_buffer("steps", torch.zeros(1, dtype=torch.int32))
+        if config.resid_pdrop:
+            self.register_buffer("mean", torch.zeros(config.n_embd))
+
+    def forward(self, *inputs, **named):
+        output = super().forward(*inputs, **named)
+        output.logits = output.logits * self.temperature
+        return output
+
+
+@pytest.fixture
+def tempered(tmp_path, monkeypatch):
+    for package in (transformers, sys.modules["transformers"]):  # it puts another in its place while it is imported
+        monkeypatch.setattr(package, "Tempered", Tempered, raising=False)
+
+    def save(**options):
+        made = model(CONFIGS["gpt2"](24, 3, 2, 50, **options), torch.float32, "Tempered")
+        with torch.no_grad():
+            made.temperature.fill_(3.0)
+            for number, block in enumerate(made.transformer.h):
+                block.steps.fill_(number + 5)
+        made.save_pretrained(tmp_path / "small")
+        return tmp_path / "small"
+
+    return save
+
+
+def test_saved_buffers_are_in_the_file(tempered, tmp_path):
+    folder = tempered(resid_pdrop=0.0)
+    assert grow(folder, tmp_path / "big")["relative_output_change"] < 1e-5
+    held = open_checkpoint(tmp_path / "big").weights
+    assert held["temperature"] == 3 and [int(held[f"transformer.h.{i}.steps"]) for i in range(4)] == [5, 5, 6, 6]
+    operator = LiGO(open_checkpoint(folder).model(), {"n_layer": 4, "n_embd": 40, "n_head": 5})
+    assert operator.grow().temperature == 3 and operator.small_model().transformer.h[1].steps == 6
+
+
+def test_saved_buffers_of_another_size_are_refused_by_name(tempered, tmp_path):
+    folder = tempered(resid_pdrop=0.1)
+    with pytest.raises(ValueError, match="Tempered saves buffers that .* cannot be grown from weights alone: mean"):
+        grow(folder, tmp_path / "big")
+    assert not (tmp_path / "big").exists()
 
 
 @pytest.mark.parametrize("form", ("sharded", "bin", "sharded bin", "older names"))
