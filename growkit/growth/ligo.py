@@ -141,7 +141,7 @@ class LiGO(nn.Module):
         self.config.architectures = [self._model_class.__name__]
         skeletons = [meta(self._model_class, config) for config in (self.small_config, self.config)]
         expected, grown = (dict(skeleton.named_parameters()) for skeleton in skeletons)
-        self._generation_config = copy.deepcopy(getattr(model, "generation_config", None))
+        self._source, self._generation_config = source, copy.deepcopy(getattr(model, "generation_config", None))
         named = [] if model is None else model.named_parameters()
         self._parameters_of_small = {name: weakref.ref(p) for name, p in named}
         if weights is None:
