@@ -28,20 +28,24 @@ def grow_optimizer(operator, optimizer: torch.optim.Optimizer, big_model: nn.Mod
 
         m_big = S m R^T,   v_big = (S*S) v (R*R)^T,   h as v
 
-    S and R are the duals of the maps of a weight's rows and columns: what the large model's dy and x are of the small
-    one's (`growkit.growth.duals`). m is the mean of the large model's own gradients where they follow from the small
-    one's; it is 0 in layers that add nothing yet and in coordinates of which the small gradients do not tell, or which
-    have no gradient yet. There v and h, never 0 for 0 would make the next steps as long as lr allows, are those of the
-    layer that a new one resembles, and the mean over the old coordinates. v and h are exact where maps copy and scale
-    (Hutchinson's h, which sees the curvature of more than the outputs, where they copy). A norm whose input is widened
-    returns gradients that also hold its own two projections; of the weights that write to it m is then near, not exact.
+    S and R are the duals of the maps of a weight's rows and columns: what dy and x of the large model are of the small
+    one's (`growkit.growth.duals`); S*S is elementwise. By what the small moments tell of an element of a large weight:
+        all      in layers that do what a small layer does, where maps copy and scale: exact, m, v and h
+                 (Hutchinson's h, the curvature of more than the outputs, where they copy, or scale a linear path)
+        nearly   of weights that write to a norm whose input is widened by copies or by the mean: what comes back
+                 through the norm also holds its own two projections, which no small moment tells
+        nothing  in layers that add nothing yet, and in new coordinates: m is 0. v and h are those of the layer that a
+                 new one resembles, and the mean over old coordinates: with 0 there, and a count of steps that says that
+                 it is settled, the first gradients would make the longest steps. Some of these elements have no
+                 gradient yet; others have one, as a new layer's output weights
+    A tied embedding has one dual: where both of its uses tell, they say the same.
 
-    optimizer: torch.optim.Adam or AdamW, SophiaG or SophiaH, of parameters of the model that this operator was made of
-        (found by identity, or by name if it was made of `named_parameters()`); all or some. It is not changed.
-    big_model: `grow()`'s, or one of the same class and config. Gradients and the schedule of `every`, `steps` and
-        `refreshes` go on; what belongs to a process does not: attach the new optimizer, and make new LR schedulers.
-    Groups keep their options, each for the large parameters of its small ones. bf16 and 8-bit state is converted as
-    `load_state_dict` does; master copies are made anew of the large parameters.
+    optimizer: torch.optim.Adam or AdamW, SophiaG or SophiaH, of parameters of the model that this operator was made of,
+        all or some: found by identity, or by name if it was made of `named_parameters()`. It is not changed.
+    big_model: `grow()`'s, or one of the same class and config.
+    Groups keep their options and counts (`steps`, `refreshes`, `every`), each for the large parameters of its small
+    ones. bf16 and 8-bit state is converted as `load_state_dict` does it; master copies are made anew of the large
+    parameters. What belongs to a process is not carried over: attach the new optimizer, and make new LR schedulers.
     TypeError for another class, ValueError where parameters are not the small or the large model's or state is
     sharded; nothing has been made then.
     """
