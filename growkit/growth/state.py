@@ -74,12 +74,13 @@ def grow_optimizer(operator, optimizer: torch.optim.Optimizer, big_model: nn.Mod
     found, state = {}, {}
     for number, name in enumerate(numbered):
         row, t, small = sources[name]
-        if not of_name[small]:
+        own = of_name[small]
+        if not own:
             continue
         layer = operator._source[t] if row.layered else 0
         if layer not in found:
             found[layer] = duals(operator, layer)
-        state[number] = _grown(operator, row, t, found[layer], _floats(of_name[small]))
+        state[number] = _grown(operator, row, t, found[layer], _floats(own))
     grown.load_state_dict({"state": state, "param_groups": grown.state_dict()["param_groups"]})
     return grown
 
