@@ -97,6 +97,12 @@ def grow(small, out, recipe, dry_run, check, force, **options):
     except KeyboardInterrupt:
         click.echo(f"\ninterrupted: {out} was not written", err=True)
         return 130
+    if "learning_in_plain_steps" in measured:
+        losses = (measured[f"loss_{when}_learning"] for when in ("before", "after"))
+        click.echo(
+            f"learned: loss {' to '.join(f'{loss:.3f}' for loss in losses)}, at the FLOPs of "
+            f"{measured['learning_in_plain_steps']} plain training steps of the grown model"
+        )
     change = measured.get("relative_output_change")
     told = "not compared (--no-check)" if change is None else f"outputs change by {change:.2g} relative"
     click.echo(f"{out}: {told}, {measured['seconds']} s")

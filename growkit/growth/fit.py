@@ -6,9 +6,12 @@ from typing import Any, Literal
 
 import torch
 from torch import distributed, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from growkit.growth.batches import IGNORED, inputs_of, is_causal, label_count, taken
+from growkit.growth.worth import doubt, plain_steps
 from growkit.optim import SophiaG
+from growkit.warn import warn
 
 _REFRESH_EVERY = 10  # steps, of SophiaG's curvature
 
@@ -39,13 +42,17 @@ def fit(
     progress: called with (step, loss) after each step.
     mask_token, mask_rate: id of the token that hides others, and the share of tokens that a masked LM predicts.
     state: a dict that this fills after each step. Saved together with `state_dict()` and given again, with the same
-        arguments and batches, it goes on where it stopped.
-
+        arguments and batches, it goes on where it stopped. state["plain_steps"] is what the steps so far have cost:
+        their FLOPs over those of one step that trains the grown model on as many batches.
     optimizer: "sophiag" refreshes its curvature every 10 steps by labels sampled from the logits, and takes no loss=.
 
     Where torch.distributed is set up, every rank gives batches of its own and all take the same step. Dropout, masks
     and sampled labels are drawn from `seed`. FloatingPointError where a loss or its gradient is not
     finite, ValueError where batches run out; the operator is then as before that step, or as before the fit.
+
+    Warns at the end where the losses show no drop beyond their noise. A drop does not show that the fit paid: whether
+    plain training would have lowered the loss further for the same FLOPs is not known without doing it, and
+    examples/grow_vit.py does it.
     """
     if steps < 1 or accumulate < 1:
         raise ValueError(f"steps, accumulate: got {steps}, {accumulate}, expected at least 1")
@@ -74,7 +81,8 @@ def fit(
         update.load_state_dict(state["optimizer"])
         schedule.load_state_dict(state["schedule"])
     before = {name: value.clone() for name, value in self.state_dict().items()}, dict(state)
-    run = _Step(self, loss, mask_token, mask_rate)
+    run = _Step(self, loss, mask_token, mask_rate, state.get("plain_flops"))
+    expansion = self.flops_per_expansion
     for _ in range(len(losses) * accumulate):
         next(feed)
     for step in range(len(losses), steps):
@@ -92,17 +100,27 @@ def fit(
         finally:
             update.zero_grad()
         schedule.step()
-        state.update(losses=list(losses), optimizer=update.state_dict(), schedule=schedule.state_dict())
+        refreshes = math.ceil((step + 1) / _REFRESH_EVERY) if optimizer == "sophiag" else 0
+        state.update(
+            losses=list(losses),
+            optimizer=update.state_dict(),
+            schedule=schedule.state_dict(),
+            plain_flops=run.flops,
+            plain_steps=plain_steps(step + 1, run.flops, expansion, refreshes, accumulate),
+        )
         if progress:
             progress(step, losses[-1])
+    if found := doubt(losses, state["plain_steps"]):
+        warn(found)
     return losses
 
 
 class _Step:
     """Gradients of one step: expand once, run the micro-batches through the large model, back into the operators."""
 
-    def __init__(self, operator, loss, mask_token, mask_rate):
+    def __init__(self, operator, loss, mask_token, mask_rate, flops):
         self.operator, self.loss, self.masks = operator, loss, (mask_token, mask_rate)
+        self.flops = flops  # of the model alone in one step, counted in the first
         self.model = operator.skeleton().train(operator.training)
         self.parameters = dict(self.model.named_parameters())
         device = next(self.model.parameters()).device
@@ -133,7 +151,12 @@ class _Step:
             for parameter in self.parameters.values():
                 parameter.grad = None
         micro = (self._loss(*each) for each in zip(batches, counts, seeds, strict=True) if each[1] != 0)
-        total, number = self._accumulate(micro)
+        if self.flops is None:
+            with FlopCounterMode(display=False) as counter:
+                total, number = self._accumulate(micro)
+            self.flops = counter.get_total_flops()
+        else:
+            total, number = self._accumulate(micro)
         if not number:
             raise FloatingPointError(f"loss: the batches of step {step} have no label that it could be the mean of")
         if not math.isfinite(total):

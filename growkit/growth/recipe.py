@@ -171,8 +171,9 @@ def run(
     with new_folder(out, force) as part:
         operator = plan.operator
         if plan.recipe.learn:
-            operator, losses = _learned(plan, progress)
-            measured |= {"loss_before_learning": losses[0], "loss_after_learning": losses[-1]}
+            operator, state = _learned(plan, progress)
+            measured |= {"loss_before_learning": state["losses"][0], "loss_after_learning": state["losses"][-1]}
+            measured["learning_in_plain_steps"] = round(state["plain_steps"], 1)
         write_tensors(part, plan.entries, _counted(operator.tensors(), len(plan.entries), progress), shard_bytes)
         operator.config.save_pretrained(part)
         for path in plan.checkpoint.companions:
@@ -210,7 +211,7 @@ def _sync(folder):
 
 
 def _learned(plan, progress):
-    """An operator on the model in memory, fitted; and the losses."""
+    """An operator on the model in memory, fitted; and the state of that fit."""
     recipe = plan.recipe
     tokenizer = transformers.AutoTokenizer.from_pretrained(plan.checkpoint.folder, local_files_only=True)
     tokens = torch.tensor(tokenizer(read_text(Path(recipe.data)).decode(errors="replace"), verbose=False).input_ids)
@@ -227,15 +228,17 @@ def _learned(plan, progress):
             starts = torch.randint(len(tokens) - recipe.context + 1, (recipe.batch,), generator=draw)
             yield torch.stack([tokens[i : i + recipe.context] for i in starts.tolist()])
 
-    losses = operator.fit(
+    state = {}
+    operator.fit(
         batches(),
         recipe.learn,
         recipe.lr,
         optimizer=recipe.optimizer,
         mask_token=tokenizer.mask_token_id,
+        state=state,
         progress=lambda step, loss: progress(f"learning, loss {loss:.3f}", step + 1, recipe.learn),
     )
-    return operator, losses
+    return operator, state
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from growkit import LiGO
+from growkit.growth.worth import doubt
 
 transformers = pytest.importorskip("transformers")
 
@@ -226,3 +227,44 @@ def test_images_and_pairs_of_a_data_loader_are_batches():
     assert losses[-1] < losses[0]
     with pytest.raises(ValueError, match="batches: got a str, expected a tensor"):
         operator.fit(["text"], steps=1)
+
+
+@pytest.mark.parametrize(("optimizer", "accumulate"), [("adamw", 2), ("sophiag", 1)])
+def test_a_fit_tells_its_cost_in_plain_steps(optimizer, accumulate):
+    """Against 6 FLOPs per weight of a product and token, and attention; the expansion's as counted."""
+    operator, state = LiGO(model(gpt2(24, 3, 2), torch.float32), gpt2(32, 4, 3)), {}
+    operator.fit(batches(4), steps=4 // accumulate, accumulate=accumulate, optimizer=optimizer, state=state)
+    big = operator.grow()
+    weights = sum(p.numel() for name, p in big.named_parameters() if p.ndim == 2 and "wpe" not in name)
+    plain = accumulate * 64 * (6 * weights + 12 * 3 * 32 * 16)  # batches of 4 x 16 tokens, 3 layers, 32 wide
+    assert state["plain_flops"] == pytest.approx(plain, rel=0.02)  # some attention kernels make scores once more
+    forward, backward = operator.flops_per_expansion
+    expected = 4 / accumulate * (1 + (forward + backward) / state["plain_flops"])
+    if optimizer == "sophiag":
+        expected += 1 + backward / state["plain_flops"]
+    assert state["plain_steps"] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("losses", "doubted"),
+    [
+        ([3.0, 3.2, 2.9, 3.1, 3.0, 3.1, 2.9, 3.15], True),  # noise
+        ([3.0, 3.0, 3.1, 3.1, 3.2, 3.2, 3.3, 3.3], True),  # rises
+        ([3.0, 2.99, 2.98, 2.97, 2.96, 2.95, 2.94, 2.93], False),
+        ([3.0, 3.2, 2.9, 3.1], False),  # too few to say
+    ],
+)
+def test_losses_that_do_not_fall_are_doubted(losses, doubted):
+    said = doubt(losses, 11.6)
+    assert bool(said) == doubted
+    assert not said or "no gain to be seen, at the FLOPs of 12 plain training steps" in said
+
+
+def test_a_fit_without_gain_warns(recwarn):
+    operator = LiGO(model(gpt2(24, 3, 2), torch.float32), gpt2(32, 4, 3))
+    operator.fit(batches(8), steps=8, lr=1e-12)
+    (said,) = [w for w in recwarn if "no gain to be seen" in str(w.message)]
+    assert said.filename == __file__
+    recwarn.clear()
+    operator.fit([next(batches(1))] * 8, steps=8, lr=1e-2)
+    assert not [w for w in recwarn if "no gain" in str(w.message)]
