@@ -71,16 +71,14 @@ def grow_optimizer(operator, optimizer: torch.optim.Optimizer, big_model: nn.Mod
     grown = type(optimizer)(groups, **{key: value for key, value in optimizer.defaults.items() if key in known})
 
     of_name = {name: optimizer.state.get(p) for p, name in names.items()}
-    found, state = {}, {}
-    for number, name in enumerate(numbered):
-        row, t, small = sources[name]
-        own = of_name[small]
-        if not own:
-            continue
-        layer = operator._source[t] if row.layered else 0
-        if layer not in found:
-            found[layer] = duals(operator, layer)
-        state[number] = _grown(operator, row, t, found[layer], _floats(own))
+    state = {}
+    for layer in range(operator._small["layers"]):
+        found = duals(operator, layer)  # of one layer at a time: dense matrices
+        for number, name in enumerate(numbered):
+            row, t, small = sources[name]
+            past = of_name[small]
+            if past and layer == (operator._source[t] if row.layered else 0):
+                state[number] = _grown(operator, row, t, found, _floats(past))
     grown.load_state_dict({"state": state, "param_groups": grown.state_dict()["param_groups"]})
     return grown
 
