@@ -1,4 +1,5 @@
-"""Growing a pretrained model: `ligo` is the operator; `spaces` and `architectures` are what it is made of."""
+"""Growing a pretrained model: `ligo` is the operator, `families` and `starts` say what it is made of, `recipe` is the
+command's way from one checkpoint on disk to another."""
 
 from growkit.growth.ligo import LiGO
 
