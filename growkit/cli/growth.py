@@ -1,10 +1,12 @@
 """`growkit grow` and `growkit inspect`: checkpoints on disk."""
 
 import importlib.util
+import sys
 import time
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 
 from growkit.cli.options import OUT_FOLDER, TEXT, AboveZero, keyboard_interrupts
 
@@ -27,7 +29,7 @@ def _size(name, what, example):
 
 
 @click.command()
-@click.argument("small", required=False)
+@click.argument("small", nargs=-1, metavar="[SMALL]")
 @click.argument("out", type=OUT_FOLDER)
 @_size("layers", "Layers", 24)
 @_size("hidden-size", "Width of the residual stream; heads and MLP follow unless asked for", 1024)
@@ -69,6 +71,14 @@ def grow(small, out, recipe, dry_run, check, force, **options):
     SMALL is a local Hugging Face folder or a .gguf file. OUT gets sharded safetensors, config, tokenizer, model card
     and a recipe, and appears whole or not at all. Without --learn the weights are read and written one by one.
     """
+    if len(small) > 1:
+        raise click.UsageError(f"Got {len(small)} arguments and OUT, expected SMALL and OUT.")
+    if not small and recipe is None:
+        raise click.UsageError("Missing argument 'SMALL', or --recipe FILE.")
+    source = click.get_current_context().get_parameter_source
+    given = [f"--{name.replace('_', '-')}" for name in options if source(name) is ParameterSource.COMMANDLINE]
+    if recipe is not None and given:
+        raise click.UsageError(f"--recipe holds all that decides the result, expected it without {', '.join(given)}.")
     _needs("grow")
     from growkit.growth import recipe as growth
     from growkit.growth.sizes import WORDS
@@ -79,11 +89,9 @@ def grow(small, out, recipe, dry_run, check, force, **options):
     try:
         if recipe is not None:
             wanted = growth.Recipe.load(recipe)
-            wanted.small = small or wanted.small
-        elif small is None:
-            raise click.UsageError("Missing argument 'SMALL', or --recipe FILE.")
+            wanted.small = small[0] if small else wanted.small
         else:
-            wanted = growth.Recipe(small, sizes, **options)
+            wanted = growth.Recipe(small[0], sizes, **options)
         plan = growth.plan(wanted)
         click.echo(_told(plan))
         if dry_run:
@@ -92,6 +100,8 @@ def grow(small, out, recipe, dry_run, check, force, **options):
             raise FileExistsError(f"OUT: {out} exists already, expected a new name, or --force to replace it")
         with keyboard_interrupts():
             measured = growth.run(plan, out, force=force, check=check, progress=_Progress())
+    except BrokenPipeError:
+        raise  # of what is printed here; main ends it quietly
     except (ValueError, FloatingPointError, OSError) as error:
         raise click.ClickException(str(error)) from None
     except KeyboardInterrupt:
@@ -138,13 +148,13 @@ def _rate():
 
 
 class _Progress:
-    """A bar on a terminal; elsewhere a line every 20 s."""
+    """A line that counts on a terminal; elsewhere a line every 20 s."""
 
     def __init__(self):
-        self._bar, self._what, self._told = None, None, time.monotonic()
+        self._told = time.monotonic()
 
     def __call__(self, what, done, of):
-        if not click.get_text_stream("stderr").isatty():
+        if not sys.stderr.isatty():
             if time.monotonic() - self._told > 20:
                 self._told = time.monotonic()
                 click.echo(f"{what}: {done} of {of}", err=True)
