@@ -11,7 +11,7 @@ import torch
 
 from growkit import kernels, ops
 from growkit.optim import distributed
-from growkit.optim.state import check_coded, dtype_of, ensure, has_master, held, is_coded
+from growkit.optim.state import check_coded, check_updatable, dtype_of, ensure, has_master, held, is_coded
 
 
 class Buckets:
@@ -59,6 +59,7 @@ class Buckets:
                 list(map(attrgetter("dtype"), there)),
                 list(map(attrgetter("layout"), there)),
                 list(map(torch.Tensor.data_ptr, params)),
+                (group["capturable"], group["bf16_update"]),
             )
             kept = self._kept.get(first)
             if kept is None or kept.kinds != kinds or not kept.holds(states):
@@ -78,6 +79,8 @@ class Buckets:
             # While it traces, torch.compile sets capturable itself.
             if group["capturable"] and not p.is_cuda and not torch.compiler.is_compiling():
                 raise RuntimeError(f"capturable=True: parameter {i} is on {p.device}, expected a CUDA device")
+            if not torch.compiler.is_compiling():
+                check_updatable(self._name, i, p, state or {})
             tensors = held(state or {})
             elementwise = {k: [t] for k, t in tensors.items() if not k.endswith("_scale")}
             ops.check_alike(self._name, [p], grad=[g], **elementwise)

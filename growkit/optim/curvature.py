@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import numbers
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
@@ -80,8 +81,8 @@ def gnb(
     for i, call in enumerate(calls):
         with processes.guarded():
             if callable(likelihood):
-                nll, n = likelihood(_output(processes.module, call))
-                total, z = nll * n, ()
+                nll, n = _of_callable(likelihood(_output(processes.module, call)))
+                total = nll * n
             else:
                 z, scored = _scored(processes.module, call, known, logits, mask, likelihood)
         before, whole = processes.rows(0 if callable(likelihood) else likelihoods.keys(z, scored), len(calls) - i)
@@ -89,10 +90,28 @@ def gnb(
             total, n = likelihoods.sampled(z, scored, row=row + before, **key)
             row += whole
         gradients(total * processes.weight, params)
-        count = count + torch.as_tensor(n)
+        count = count + n
     reached = {p for p in params if p.grad is not None}
     processes.sum_()
     return count, reached
+
+
+def _of_callable(told):
+    """What the user's own likelihood returned, as (NLL, labels), both 0-d tensors."""
+    nll, n = told if isinstance(told, tuple) and len(told) == 2 else (None, None)
+    number = isinstance(n, numbers.Real) and 0 <= n < float("inf")
+    if (
+        not isinstance(nll, torch.Tensor)
+        or nll.numel() != 1
+        or not nll.requires_grad
+        or not (n.numel() == 1 if isinstance(n, torch.Tensor) else number)
+    ):
+        given = told if not isinstance(told, torch.Tensor) else f"a tensor {tuple(told.shape)}"
+        raise TypeError(
+            f"likelihood= returned {given}, expected (mean NLL of labels drawn from the model, a scalar with a "
+            "gradient; their number)"
+        )
+    return nll.reshape(()), torch.as_tensor(n).reshape(())
 
 
 def _output(model, call):

@@ -141,6 +141,8 @@ def undisturbed(model: torch.nn.Module, params: list[torch.Tensor]) -> Iterator[
     optimizers, or clip and count what is a training gradient.
     """
     params = list(dict.fromkeys([*model.parameters(), *params]))
+    for p in params:
+        p.grad = p.grad  # torch refuses here what could not be put back
     grads = [p.grad for p in params]
     hooks = [h for p in params for h in (p._backward_hooks, getattr(p, "_post_accumulate_grad_hooks", None)) if h]
     hooks = [(h, dict(h)) for h in hooks]

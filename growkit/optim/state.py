@@ -80,6 +80,28 @@ def held(state):
     return {k: t.view(-1, 2) if k.endswith("_scale") else t for k, t in own.items()}
 
 
+def check_updatable(name, i, p, state):
+    """Raise for what an op could not write to: parameter i, or its state, as this process holds them."""
+    state = {k: distributed.local(t) for k, t in state.items()}
+    if state and (missing := {"step", "exp_avg", "hessian"} - state.keys()):
+        raise ValueError(f"{name}: state of parameter {i} has {sorted(state)}, expected {sorted(missing)} as well")
+    for key, t in {"parameter": p, **state}.items():
+        if not isinstance(t, torch.Tensor):
+            raise TypeError(f"{name}: {key} of parameter {i} is {type(t).__name__}, expected a tensor")
+        told = f"{name}: {key} of parameter {i}, {t.dtype} {tuple(t.shape)}, "
+        if t.is_inference():
+            raise RuntimeError(f"{told}was made in torch.inference_mode(), expected a tensor that can be written to")
+        if t.layout != torch.strided or any(
+            n > 1 and stride == 0 for n, stride in zip(t.shape, t.stride(), strict=True)
+        ):
+            raise ValueError(f"{told}is {t.layout} or expanded, expected memory of its own for each element")
+        if key == "step" and t.numel() != 1:
+            raise ValueError(f"{told}expected 1 element")
+        floating = t.is_floating_point() or t.is_complex()
+        if key != "step" and key + "_scale" not in state and (not floating or t.is_complex() != p.is_complex()):
+            raise TypeError(f"{told}expected the kind of the parameter, {p.dtype}")
+
+
 def check_coded(name, p, state):
     dtypes = {"exp_avg": (torch.int8,), "hessian": (torch.uint8, torch.int8)}
     pairs = {key: ([state[key]], [state[key + "_scale"]]) for key in dtypes}

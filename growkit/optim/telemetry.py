@@ -101,10 +101,11 @@ class Telemetry:
         """
         told = self.receive(wait=True)
         seen = told.get("unclipped", -1.0) if told else float(group["unclipped"])  # of a file
+        rho = torch.as_tensor(group["rho"], dtype=torch.float64)  # or a number that a schedule set
         if seen < 0:
-            return group["rho"]
+            return rho
         move = GAIN * math.log(group["target_unclipped"] / seen) if seen else LIMIT
-        return (group["rho"] * math.exp(max(-LIMIT, min(LIMIT, move)))).clamp(SMALLEST, LARGEST)
+        return (rho * math.exp(max(-LIMIT, min(LIMIT, move)))).clamp(SMALLEST, LARGEST)
 
 
 def _unit(x):
