@@ -89,9 +89,12 @@ def copied(x: Any, memo: dict | None = None) -> Any:
 
 
 class ModuleState:
-    """What a forward may change in a model: buffers, and plain attributes such as counters, lists, hidden states."""
+    """What a forward may change in a model: buffers, and plain attributes such as counters, lists, hidden states.
 
-    _STRUCTURE = frozenset(vars(torch.nn.Module())) - {"training"}
+    Hooks as well: transformers installs some in a first forward, and notes in an attribute that it has.
+    """
+
+    _STRUCTURE = frozenset(name for name in vars(torch.nn.Module()) if name != "training" and "hook" not in name)
 
     def __init__(self, model: torch.nn.Module):
         # Copied without asking whether they change: BatchNorm does not count its writes in `_version`.

@@ -122,7 +122,7 @@ def test_masked_labels_reach_the_refresh_of_an_attached_optimizer():
 
 
 class Disturbing(nn.Module):
-    """Dropout, BatchNorm, a buffer that is replaced, a parameter outside the optimizer."""
+    """Dropout, BatchNorm, a replaced buffer, a parameter outside the optimizer, a hook from the first call on."""
 
     def __init__(self):
         super().__init__()
@@ -133,6 +133,8 @@ class Disturbing(nn.Module):
         self.masks = []
 
     def forward(self, x):
+        if "hooked" not in vars(self):
+            self.hooked = self.outer.register_forward_hook(lambda module, args, output: output * 2)
         self.calls = self.calls + 1
         hidden = self.drop(self.norm(self.inner(x)).tanh())
         self.masks.append(hidden == 0)
@@ -173,6 +175,7 @@ def test_training_with_refreshes_draws_the_dropout_masks_of_training_without(cls
             forward_backward(model, step)
             masks.append(model.masks[0])
             optimizer.step()
+        assert len(model.outer._forward_hooks) == 1
         return masks, dict(model.named_buffers())
 
     with_refresh, without = train(True), train(False)

@@ -21,19 +21,6 @@ class Wrapped(nn.Module):
         return self.body(*args, **kwargs)
 
 
-class Multimodal(nn.Module):
-    """An image as a prefix of the text; only the text is scored, each position for the next one."""
-
-    def __init__(self):
-        super().__init__()
-        self.image, self.embed, self.head = nn.Linear(3, 8), nn.Embedding(7, 8), nn.Linear(8, 7)
-
-    def forward(self, pixels, tokens, labels):
-        logits = self.head(torch.cat([self.image(pixels), self.embed(tokens)], 1).tanh())
-        return {"loss": F.cross_entropy(logits[:, pixels.shape[1] : -1].flatten(0, 1), labels[:, 1:].flatten()),
-                "logits": logits}  # fmt: skip
-
-
 class Heads(nn.Module):
     def __init__(self):
         super().__init__()
@@ -44,13 +31,37 @@ class Heads(nn.Module):
         return self.first(z), self.second(z)
 
 
-def bart():
+SPECIAL = {"vocab_size": 12, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 2}
+PARTS = {f"{part}_{name}": 1 for part in ("encoder", "decoder") for name in ("layers", "attention_heads")}
+PARTS |= {name: 8 for name in ("d_model", "encoder_ffn_dim", "decoder_ffn_dim")} | {"dropout": 0.0}
+
+
+def transformer(name, **shape):
+    """A model of transformers by its class, made from a configuration of this shape."""
     transformers = pytest.importorskip("transformers")
-    shape = {name: 8 for name in ("d_model", "encoder_ffn_dim", "decoder_ffn_dim")}
-    shape |= {f"{part}_{name}": 1 for part in ("encoder", "decoder") for name in ("layers", "attention_heads")}
-    special = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 2}
-    config = transformers.BartConfig(vocab_size=12, max_position_embeddings=16, dropout=0.0, **shape, **special)
-    return transformers.BartForConditionalGeneration(config)
+    cls = getattr(transformers, name)
+    return cls(cls.config_class(**shape))
+
+
+def bart():
+    return transformer("BartForConditionalGeneration", max_position_embeddings=16, **PARTS, **SPECIAL)
+
+
+def t5():
+    shape = {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2, "dropout_rate": 0.0}
+    return transformer("T5ForConditionalGeneration", **shape, **SPECIAL)
+
+
+def whisper():
+    shape = {"num_mel_bins": 4, "max_source_positions": 4, "max_target_positions": 16}
+    return transformer("WhisperForConditionalGeneration", **shape, **PARTS, **SPECIAL)
+
+
+def llava():
+    tiny = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
+    image = {"model_type": "clip_vision_model", "image_size": 4, "patch_size": 2} | tiny
+    text = {"model_type": "llama", "vocab_size": 12, "max_position_embeddings": 16} | tiny
+    return transformer("LlavaForConditionalGeneration", vision_config=image, text_config=text, image_token_id=11)
 
 
 def lora():
@@ -63,23 +74,42 @@ def compiled():
 
 
 X, CLASSES = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)), torch.arange(6) % 3
-SHIFTED = LABELS.roll(-1, 1) != -100
-SHIFTED[:, -1] = False
+
+
+def shifted(labels):
+    """The rows that are scored where each position is asked for the next one."""
+    return torch.cat([labels[:, 1:] != -100, torch.zeros(len(labels), 1).bool()], 1)
+
+
+SHIFTED = shifted(LABELS)
+PIXELS = torch.ones(2, 3, 4, 4)
+CAPTION = torch.cat([torch.full((2, 4), 11), TOKENS], 1), torch.cat([torch.full((2, 4), -100), LABELS], 1)
+TARGETS = torch.randn(6, 3, generator=torch.Generator().manual_seed(2))
 TEXT = {"input_ids": TOKENS, "labels": LABELS}
 own = lambda output, *_: output["loss"]  # noqa: E731
-# kind: model, its call, the loss of its output, the rows that it scores, the axis of the classes
+# kind: model, its call, the loss of its output, the rows that it scores, the axis of the classes (None: elementwise);
+# and what attach() is told. Regression, which draws no labels, has tests of its own.
 KINDS = {
     "causal": (lambda: copy.deepcopy(language_model("gpt2")), TEXT, own, SHIFTED, -1),
     "masked": (lambda: copy.deepcopy(language_model("bert")), TEXT, own, LABELS != -100, -1),
-    "seq2seq": (bart, {"input_ids": TOKENS + 3, "labels": LABELS}, own, LABELS != -100, -1),
+    "seq2seq": (bart, {"input_ids": TOKENS, "labels": LABELS}, own, LABELS != -100, -1),
+    "T5 from labels alone": (t5, {"input_ids": TOKENS, "labels": LABELS}, own, LABELS != -100, -1),
+    "speech": (whisper, {"input_features": torch.ones(2, 4, 8), "labels": LABELS}, own, LABELS != -100, -1),
     "classifier": (mlp, {"input": X}, lambda z: F.cross_entropy(z, CLASSES), torch.ones(6).bool(), -1),
     "segmentation": (
         lambda: nn.Conv2d(4, 3, 1), {"input": X.view(2, 4, 3, 1)},
         lambda z: F.cross_entropy(z, CLASSES.view(2, 3, 1)), torch.ones(2, 3, 1).bool(), 1,
     ),
+    "multi-label": (
+        mlp, {"input": X}, lambda z: F.binary_cross_entropy_with_logits(z, (TARGETS > 0).float()),
+        torch.ones(6, 3).bool(), None,
+    ),
     "multimodal": (
-        Multimodal, {"pixels": torch.ones(2, 2, 3), "tokens": TOKENS, "labels": LABELS}, own,
-        torch.cat([torch.zeros(2, 2).bool(), SHIFTED], 1), -1,
+        llava, {"input_ids": CAPTION[0], "pixel_values": PIXELS, "labels": CAPTION[1]}, own, shifted(CAPTION[1]), -1,
+    ),
+    "two heads": (
+        Heads, {"input": X}, lambda z: F.cross_entropy(z[0], CLASSES) + 0.1 * z[1].square().mean(),
+        torch.ones(6).bool(), -1, {"logits": lambda z: z[0]},
     ),
     "wrapped": (lambda: Wrapped(copy.deepcopy(language_model("gpt2"))), TEXT, own, SHIFTED, -1),
     "peft": (lora, TEXT, own, SHIFTED, -1),
@@ -92,12 +122,13 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_curvature_is_that_of_what_the_loss_scores(kind, monkeypatch):
-    make, call, loss, rows, axis = KINDS[kind]
+    make, call, loss, rows, axis, *told = KINDS[kind]
+    told = told[0] if told else {}
     torch.manual_seed(1)
     model = make()
     params = [p for p in model.parameters() if p.requires_grad]
     optimizer = SophiaG(params, lr=0.0, bs=1)
-    optimizer.attach(model)
+    optimizer.attach(model, **told)
     loss(model(*call.values()) if "input" in call else model(**call)).backward()
     drawn, nll = [], ops.sampled_nll
     monkeypatch.setattr(ops, "sampled_nll", lambda *a, **k: drawn.append(nll(*a, **k)) or drawn[-1])
@@ -105,7 +136,8 @@ def test_the_curvature_is_that_of_what_the_loss_scores(kind, monkeypatch):
     labels = drawn[0][1].view(rows.shape)
     assert len(drawn) == 1 and torch.equal(labels != -100, rows)
     output = model(*call.values()) if "input" in call else model(**call)
-    z = (output if isinstance(output, torch.Tensor) else output["logits"]).movedim(axis, -1)
+    z = told["logits"](output) if told else output if isinstance(output, torch.Tensor) else output["logits"]
+    z = torch.stack([torch.zeros_like(z), z], -1) if axis is None else z.movedim(axis, -1)
     with torch.compiler.set_stance("force_eager"):
         gradients = torch.autograd.grad(F.cross_entropy(z[rows], labels[rows]), params, allow_unused=True)
     for p, g in zip(params, gradients, strict=True):
@@ -126,9 +158,6 @@ def attached_step(model, loss, **options):
         assert all(map(torch.equal, model.parameters(), before)) and not optimizer.state
         raise
     return optimizer
-
-
-TARGETS = torch.randn(6, 3, generator=torch.Generator().manual_seed(2))
 
 
 @pytest.mark.parametrize(

@@ -148,8 +148,6 @@ def interrupts(*_):
 
 
 MODEL = {
-    "a hook raises": lambda t, patch: patch.setitem(t.model.norm._forward_hooks, 99, fails),
-    "a pre-hook raises": lambda t, patch: patch.setitem(t.model.head._forward_pre_hooks, 99, fails),
     "the forward raises": lambda t, patch: patch.setattr(Model, "within", fails),
     "the backward raises": lambda t, patch: patch.setattr(Model, "within", lambda model, z: FailsBackward.apply(z)),
     "a hook of an activation": lambda t, patch: patch.setattr(
@@ -239,6 +237,10 @@ CALLS = {
     "update_hessian: a probe less": probes(lambda u: u[:-1]),
     "update_hessian: a probe of another shape": probes(lambda u: [*u[:-1], torch.ones(2)]),
     "update_hessian: complex probes": probes(lambda u: [*u[:-1], u[-1] + 0j]),
+    "refresh: a hook raises": then(lambda t, patch: patch.setitem(t.model.norm._forward_hooks, 99, fails), refresh),
+    "refresh: a pre-hook raises": then(
+        lambda t, patch: patch.setitem(t.model.head._forward_pre_hooks, 99, fails), refresh
+    ),
     "refresh: no batches": lambda t, patch: lambda: t.optimizer.refresh(t.model, [], **t.told),
     "refresh: one bare batch": lambda t, patch: lambda: t.optimizer.refresh(t.model, t.batches[0], **t.told),
     "refresh: a second batch that does not fit": lambda t, patch: (
