@@ -1,6 +1,7 @@
 """Grow a small model of every family by every kind of growth, and print what became of it as a table.
 
     python examples/growth_table.py [--families gpt2 llama ...] [--starts lossless stack ...] [--dtype float64]
+    python examples/growth_table.py --trained 300    # instead: really trained models, grown losslessly
 
 Every parameter of the small models is random, so that nothing agrees by chance. Each grown model is saved and loaded
 again with nothing missing, unexpected or mismatched; compared with the small one on random tokens or pixels; asked to
@@ -9,6 +10,7 @@ gradient and no two copies the same. Needs `pip install 'growkit[hf]'`, some min
 """
 
 import argparse
+import math
 import tempfile
 import warnings
 
@@ -82,6 +84,7 @@ FAMILIES = {
     "gpt_neox": ("GPTNeoXForCausalLM", bert(transformers.GPTNeoXConfig), False),
     "opt": ("OPTForCausalLM", opt, False),
 }
+TRAINED = ("gpt2", "bert", "vit", "llama")
 SMALL = (24, 3, 3, 3, 50)  # hidden, heads, key and value heads, layers, MLP
 GROUPED = (24, 6, 3, 3, 50)
 
@@ -163,6 +166,53 @@ def untrained(model, steps):
     return found
 
 
+def trained_model(family, steps):
+    """A model in float32 that has learned to count (tokens), or to tell the brightest of four corners (images)."""
+    name, config, _ = FAMILIES[family]
+    torch.manual_seed(0)
+    model = getattr(transformers, name)(config(*sizes(family, "lossless")[0])).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    losses = []
+    for step in range(steps):
+        loss = model(**task(model, step)).loss
+        loss.backward()
+        losses.append(loss.detach())
+        optimizer.step()
+        optimizer.zero_grad()
+    tail = max(1, steps // 10)
+    return model.eval(), *(float(torch.stack(part).mean()) for part in (losses[:tail], losses[-tail:]))
+
+
+def task(model, seed):
+    """A batch in which there is something to learn; of a masked LM every fourth token is hidden."""
+    generator = torch.Generator().manual_seed(seed)
+    if model.main_input_name == "pixel_values":
+        corner = torch.randint(4, (16,), generator=generator)
+        images = torch.randn(16, 3, 8, 8, generator=generator)
+        images.view(16, 3, 2, 4, 2, 4)[torch.arange(16), :, corner // 2, :, corner % 2] += 1.0
+        return {"pixel_values": images, "labels": corner}
+    tokens = 2 + (torch.randint(50, (16, 1), generator=generator) + torch.arange(20)) % 50
+    if not type(model).__name__.endswith("MaskedLM"):
+        return {"input_ids": tokens, "labels": tokens}
+    hidden = (torch.arange(20) % 4 == 1).expand_as(tokens)
+    return {"input_ids": tokens.masked_fill(hidden, 60), "labels": tokens.masked_fill(~hidden, -100)}
+
+
+def run_trained(family, steps):
+    """(first loss, last loss, small and grown model's loss of a new batch, relative change of the logits, problems)"""
+    small, first, last = trained_model(family, steps)
+    operator = LiGO(small, FAMILIES[family][1](*sizes(family, "lossless")[1]))
+    inputs = task(small, steps)
+    change = operator.check({name: x for name, x in inputs.items() if name != "labels"})
+    grown = operator.grow()
+    with torch.no_grad():
+        losses = [float(model(**inputs).loss) for model in (small, grown)]
+    found = [] if operator.exact else [f"logits change by {change:.1e}"]
+    if not math.isclose(*losses, rel_tol=1e-3, abs_tol=1e-5):
+        found.append(f"the loss is {losses[1]:.6f}, the small model's {losses[0]:.6f}")
+    return first, last, *losses, change, found + problems(small, grown, operator.exact, 8)
+
+
 def run(family, start, dtype, steps):
     """(relative change of the logits, whether it counts as none, problems)"""
     name, config, _ = FAMILIES[family]
@@ -175,18 +225,36 @@ def run(family, start, dtype, steps):
     return change, exact, problems(small, operator.grow(), exact, steps)
 
 
+def print_trained(steps):
+    wrong = []
+    print("| | first loss | last loss | new batch, small | new batch, grown | change of logits |\n|---|" + "---|" * 5)
+    for family in TRAINED:
+        first, last, small, grown, change, found = run_trained(family, steps)
+        print(f"| {family} | {first:.3f} | {last:.3f} | {small:.4f} | {grown:.4f} | {change:.0e} |", flush=True)
+        wrong += [f"{family}, trained: {words}" for words in found]
+    return told(wrong)
+
+
+def told(wrong):
+    print("\n".join(wrong) if wrong else "\nEvery grown model loads, generates, and trains in every element.")
+    return 1 if wrong else 0
+
+
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--families", nargs="+", default=list(FAMILIES), choices=FAMILIES)
     parser.add_argument("--starts", nargs="+", default=list(STARTS), choices=STARTS)
     parser.add_argument("--dtype", default="float64", choices=("float64", "float32"))
     parser.add_argument("--steps", type=int, default=8, help="of training after growth")
+    parser.add_argument("--trained", type=int, metavar="STEPS", help=f"of training {', '.join(TRAINED)} before growth")
     options = parser.parse_args(arguments)
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(1)
 
+    if options.trained:
+        return print_trained(options.trained)
     wrong = []
     print("| | " + " | ".join(options.starts) + " |\n|---|" + "---|" * len(options.starts))
     for family in options.families:
@@ -196,8 +264,7 @@ def main(arguments=None):
             cells.append(f"{change:.0e}" if exact else f"({change:.2f})")
             wrong += [f"{family}, {start}: {words}" for words in found]
         print(f"| {family} | " + " | ".join(cells) + " |", flush=True)
-    print("\n".join(wrong) if wrong else "\nEvery grown model loads, generates, and trains in every element.")
-    return 1 if wrong else 0
+    return told(wrong)
 
 
 if __name__ == "__main__":

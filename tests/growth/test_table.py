@@ -27,6 +27,15 @@ def test_a_grown_model_loads_generates_and_learns_in_every_element(family, start
     assert exact == (start in LOSSLESS) and problems == []
 
 
+@pytest.mark.parametrize(
+    ("family", "steps"),
+    [("gpt2", 40), ("llama", 40), *(pytest.param(f, 300, marks=pytest.mark.slow) for f in growth_table.TRAINED)],
+)
+def test_a_trained_model_grows_without_loss(family, steps):
+    first, last, _, _, change, problems = growth_table.run_trained(family, steps)
+    assert last < 0.9 * first and change < 1e-5 and problems == []
+
+
 def test_what_training_does_not_reach_is_found():
     """Units written and read as zero, and two units that are copies read alike."""
     config = growth_table.gpt2(24, 3, 3, 2, 50)
