@@ -67,7 +67,7 @@ def test_weights_are_read_one_module_type_at_a_time_and_grown_one_by_one(family,
         assert (value - expected[name]).abs().max() < 1e-12, name
 
 
-@settings(max_examples=15, deadline=None, derandomize=True)
+@settings(max_examples=10, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_grouped_heads_of_any_number_and_any_width_keep_the_function(data):
     """Groups stay, are joined by new queries, or are cut in several; heads grow by their rotary frequencies."""
