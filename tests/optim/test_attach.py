@@ -183,6 +183,22 @@ def test_training_with_refreshes_draws_the_dropout_masks_of_training_without(cls
     assert all(torch.equal(b, without[1][n]) for n, b in with_refresh[1].items())
 
 
+def test_a_sparse_gradient_that_a_hook_makes_dense_is_refreshed_too():
+    x, found = torch.arange(4), []
+    for sparse in (True, False):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Embedding(6, 3, sparse=sparse))
+        weight = model[0].weight
+        optimizer = SophiaG([weight])
+        optimizer.attach(model)
+        if sparse:
+            weight.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", p.grad.to_dense()))
+        cross_entropy(model(x), x % 3).backward()
+        optimizer.step()
+        found.append(optimizer.state[weight]["hessian"])
+    assert found[0].any() and torch.equal(*found)
+
+
 def test_an_exception_in_the_refresh_restores_everything_too():
     model = mlp()
     optimizer = SophiaG(model.parameters())
