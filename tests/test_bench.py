@@ -398,7 +398,8 @@ def regression_run(storage, *words, **environment):
     return subprocess.run(
         [sys.executable, "-m", "pytest", "benchmarks", f"--benchmark-storage=file://{storage}", *words],
         cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+        # Not a worker of pytest-xdist, in which pytest-benchmark measures nothing.
+        env={k: v for k, v in os.environ.items() if "XDIST" not in k} | {"OMP_NUM_THREADS": "1"} | environment,
         capture_output=True,
         text=True,
     )
