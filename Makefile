@@ -29,9 +29,10 @@ demo: $(INSTALLED)
 	.venv/bin/growkit demo $(ARGS)
 
 # A worker for each core, of one thread each; those of a module that share something costly share a worker, too
-# (tests/conftest.py). Coverage is asked of the whole suite only: a selection would always miss the limit.
+# (tests/conftest.py). A test that hangs fails after 5 minutes. Coverage is asked of the whole suite only: a selection
+# would always miss the limit.
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 .venv/bin/pytest $(or $(ARGS),-n logical --maxprocesses 8 --dist loadgroup --cov)
+	OMP_NUM_THREADS=1 .venv/bin/pytest $(or $(ARGS),-n logical --maxprocesses 8 --dist loadgroup --timeout 300 --cov)
 
 # A framework that is missing is an error here; make test skips what it lacks.
 test-integrations: .venv-integrations/.installed

@@ -21,6 +21,7 @@ from growkit.growth import recipe as growth  # noqa: E402
 from growkit.growth.checkpoint import open_checkpoint  # noqa: E402
 from growkit.growth.recipe import Recipe  # noqa: E402
 
+from growth.forks import fork  # noqa: E402  isort: skip
 from growth.models import CONFIGS, model  # noqa: E402  isort: skip
 
 SIZES = {"layers": 4, "hidden_size": 40, "heads": 5}
@@ -255,7 +256,7 @@ def test_full_disk(folder, tmp_path, monkeypatch):
 
 def _child(work):
     """Run in a fork, which starts with everything imported; its process id."""
-    pid = os.fork()
+    pid = fork()
     if pid:
         return pid
     try:

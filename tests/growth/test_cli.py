@@ -16,6 +16,7 @@ safetensors = pytest.importorskip("safetensors.torch")
 from growkit.__main__ import main  # noqa: E402
 from growkit.growth import checkpoint, recipe  # noqa: E402
 
+from growth.forks import fork  # noqa: E402  isort: skip
 from growth.models import CONFIGS, model  # noqa: E402  isort: skip
 
 SIZES = "--layers 4 --hidden-size 40"
@@ -96,7 +97,7 @@ def test_what_cannot_be_is_said_in_a_line_and_nothing_written(words, code, said,
 def in_a_fork(words, stdout, setup=lambda: None):
     """Exit code and stderr of `growkit` with these words, in a process that starts with everything imported."""
     read, write = os.pipe()
-    pid = os.fork()
+    pid = fork()
     if not pid:
         code = 70
         try:
