@@ -5,7 +5,7 @@ import sys
 
 
 def fork() -> int:
-    """os.fork(). The child is not traced: a signal's handler that comes while coverage holds its lock waits for ever."""
+    """os.fork(), whose child is not traced: a signal that comes while coverage holds its lock would wait for ever."""
     pid = os.fork()
     if not pid:
         sys.settrace(None)
