@@ -54,6 +54,13 @@ def compiled_once(request, tmp_path_factory):
     return get
 
 
+@pytest.fixture
+def untraced(monkeypatch):
+    """Processes that this test starts run without coverage, which counts as their instructions and is not safe against
+    signals."""
+    monkeypatch.delenv("COVERAGE_PROCESS_CONFIG", raising=False)
+
+
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)

@@ -71,10 +71,12 @@ def run(*, data, device, seed, out, steps_scale, sophia=False, settings=None):
             report.write(results, out)
             progress.finished(job, result)
     except KeyboardInterrupt:
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C has nothing left to stop
         if results["runs"]:
             report.write(results, out)  # it may have been interrupted in the middle
         done = ", ".join(results["runs"]) or "nothing"
         console.print(f"\ninterrupted: {done} had finished" + (f", see {out}" if results["runs"] else ""), markup=False)
+        signal.signal(signal.SIGINT, before)
         return 130
     finally:
         progress.close()

@@ -26,3 +26,16 @@ def results():
 def test_a_loop_is_the_plain_loop(loop, cls, world, results):
     for found in results(world)[loop, cls, world]:
         assert loops.difference(found, loops.plain(cls)) < loops.TOLERANCE
+
+
+def test_page_holds_the_table_and_a_loop_that_failed_fails(monkeypatch, tmp_path, capsys):
+    each = loops.LOOPS[0]
+    rows = [(each, 2, 3e-16), (each, 3, "ValueError: no such thing")]
+    monkeypatch.setattr(loops, "compare", lambda chosen: rows if each in chosen else [])
+    assert loops.main([each.name, "--write", str(tmp_path / "page.md")])
+    line = (
+        f"| {each.name} | 2, 3 | {', '.join(cls.__name__ for cls in each.classes)} | 3e-16, ValueError: no such thing |"
+    )
+    assert line in capsys.readouterr().out and line in (tmp_path / "page.md").read_text()
+    del rows[1]
+    assert not loops.main([each.name])
