@@ -91,7 +91,7 @@ GROUPED = (24, 6, 3, 3, 50)
 
 def sizes(family, start):
     """Small and large sizes: every direction at once, where the kind of growth allows it."""
-    copied = FAMILIES[family][2] or start == "hypercloning"
+    copied = FAMILIES[family][2] or start in ("hypercloning", "fpi")
     grouped = family in ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")
     small = GROUPED if grouped else SMALL
     if start == "zero_blocks":

@@ -1,6 +1,7 @@
 """LiGO: learn a linear map from the weights of a small model to those of a larger one (arXiv:2303.00980)."""
 
 import copy
+import itertools
 import math
 import warnings
 import weakref
@@ -28,7 +29,7 @@ from growkit.growth.source import (
     table_rows,
     unwrapped,
 )
-from growkit.growth.spaces import Map
+from growkit.growth.spaces import Map, kronecker_terms
 from growkit.growth.starts import STARTS, Growth, Random, depth_map, source_layers
 from growkit.growth.state import grow_optimizer
 from growkit.growth.target import grown_config
@@ -46,6 +47,9 @@ StartName = Literal[
     "hypercloning",
     "lemon",
     "zero_pad",
+    "net2net",
+    "fpi",
+    "aki",
 ]
 Sharing = Literal["model", "target", "source"]
 
@@ -71,6 +75,10 @@ class LiGO(nn.Module):
            "hypercloning"  everything widened by copies, read in unequal parts so that they can part ways. Lossless
            "lemon"         as "lossless", but new heads and hidden units are copies read in random parts. Lossless
            "zero_pad"      the stream padded with zeros: lossless under RMSNorm, not under LayerNorm
+           "net2net"       as "lossless", but new heads and hidden units are copies of drawn ones. Lossless
+           "fpi"           bert2BERT: everything widened by copies of drawn coordinates. Lossless at whole multiples
+           "aki"           bert2BERT: as "fpi", but what copies write is the next layer's, and layers are stacked. It
+                           does not keep the function
     sharing: which maps of attention heads and MLP are shared: "model" (one for all layers, Algorithm 1; default),
         "target" (one per large layer, the authors' code; default of "official") or "source" (one per small layer,
         Eq. 8). The residual stream is one axis through all layers and always has one map a side.
@@ -218,7 +226,7 @@ class LiGO(nn.Module):
         for key, W in zip(
             row.keys, matrices(stack + row.offset if row.offset else stack, row.entries, self._small), strict=True
         ):
-            if row.layered and self.depth[key].shape[1] > len(W):
+            if row.layered and self.depth[key].shape[-1] > len(W):
                 W = torch.cat([W, torch.ones_like(W[:1])])
             stacks.append(W.contiguous())
         return stacks
@@ -231,22 +239,25 @@ class LiGO(nn.Module):
         return self.maps[side] if side in self.maps else None
 
     def _arguments(self, row):
-        """For every piece, arguments of `kron_expand` and what scales its rows and columns then: vectors or None."""
+        """For every piece its Kronecker terms, mostly one: arguments of `kron_expand`, and what scales its rows and
+        columns then, vectors or None."""
         found = []
         for key, piece, W in zip(row.keys, pieces(row.entries), self._stacks(row), strict=True):
-            maps = [self._map(piece.B), self._map(piece.A)]
-            w = self.depth[key] if row.layered else None
-            W = W.to(self._operator_dtype)
-            vectors = {}
-            for dim, (name, new) in enumerate(zip(("row_scale", "column_scale"), maps, strict=True), 1):
-                W, scale = (new.prepare(W, dim), new.scale) if new else (W, 1.0)
-                vectors[name] = scale.to(W.dtype) if isinstance(scale, torch.Tensor) else None
-                if vectors[name] is None and scale != 1.0:  # a number goes into the smallest operand
-                    W, w = (W * scale, w) if w is None else (W, w * scale)
-            B, A = (m.tensor() if m else None for m in maps)
-            kinds = {f"{name}_kind": m.kind if m else "dense" for name, m in zip("BA", maps, strict=True)}
-            found.append((dict(W=W, B=B, A=A, w=w, **kinds, sharing=self.sharing), vectors))
+            w, W = self.depth[key] if row.layered else None, W.to(self._operator_dtype)
+            terms = kronecker_terms(self._map(piece.B), self._map(piece.A), w)
+            found.append([self._term(W, maps, w) for *maps, w in terms])
         return found
+
+    def _term(self, W, maps, w):
+        vectors = {}
+        for dim, (name, new) in enumerate(zip(("row_scale", "column_scale"), maps, strict=True), 1):
+            W, scale = (new.prepare(W, dim), new.scale) if new else (W, 1.0)
+            vectors[name] = scale.to(W.dtype) if isinstance(scale, torch.Tensor) else None
+            if vectors[name] is None and scale != 1.0:  # a number goes into the smallest operand
+                W, w = (W * scale, w) if w is None else (W, w * scale)
+        B, A = (m.tensor() if m else None for m in maps)
+        kinds = {f"{name}_kind": m.kind if m else "dense" for name, m in zip("BA", maps, strict=True)}
+        return dict(W=W, B=B, A=A, w=w, **kinds, sharing=self.sharing), vectors
 
     @property
     def _device(self):
@@ -259,22 +270,25 @@ class LiGO(nn.Module):
     def expand(self) -> dict[str, torch.Tensor]:
         """All weights of the large model, name -> tensor, differentiable in the operators."""
         arguments = [self._arguments(row) for row in self.rows]
-        grown = iter(ops.kron_expand_many([part for parts in arguments for part, _ in parts]))
+        grown = iter(ops.kron_expand_many([part for parts in arguments for terms in parts for part, _ in terms]))
         weights = {}
         for row, parts in zip(self.rows, arguments, strict=True):
-            stack = self._assemble(row, [(next(grown), vectors) for _, vectors in parts])
+            stack = self._assemble(row, [[(next(grown), vectors) for _, vectors in terms] for terms in parts])
             weights |= zip(row.names, stack.unbind(), strict=True)
         return weights
 
     def _assemble(self, row, scaled):
-        """Large weights of one row as a stack, from what `kron_expand` gave and the scales of each piece."""
+        """Large weights of one row as a stack, from what `kron_expand` gave for each term of each piece, and scales."""
         parts = []
-        for part, vectors in scaled:
-            if vectors["row_scale"] is not None:
-                part = part * vectors["row_scale"].unsqueeze(-1)
-            if vectors["column_scale"] is not None:
-                part = part * vectors["column_scale"].unsqueeze(-2)
-            parts.append(part)
+        for terms in scaled:
+            total = None
+            for part, vectors in terms:
+                if vectors["row_scale"] is not None:
+                    part = part * vectors["row_scale"].unsqueeze(-1)
+                if vectors["column_scale"] is not None:
+                    part = part * vectors["column_scale"].unsqueeze(-2)
+                total = part if total is None else total + part
+            parts.append(total)
         if sum(part[0].numel() for part in parts) != math.prod(row.shape):
             made = " and ".join(str(list(part.shape[1:])) for part in parts)
             raise ValueError(f"maps: of {row.pattern} they make {made}, expected {row.shape} in all")
@@ -297,11 +311,14 @@ class LiGO(nn.Module):
         parts = self._arguments(row)
         if self.sharing != "target" or not row.layered:
             parts = [
-                (part | {"W": ops.kron_expand(**(part | {"w": None})), "B": None, "A": None}, vectors)
-                for part, vectors in parts
+                [
+                    (part | {"W": ops.kron_expand(**(part | {"w": None})), "B": None, "A": None}, vectors)
+                    for part, vectors in terms
+                ]
+                for terms in parts
             ]
         for layer, name in enumerate(row.names):
-            layers = [_layer(part, vectors, layer) for part, vectors in parts]
+            layers = [[_layer(part, vectors, layer) for part, vectors in terms] for terms in parts]
             yield name, self._assemble(row, layers)[0]
 
     @property
@@ -309,7 +326,7 @@ class LiGO(nn.Module):
         """Counted Flops(forward, backward) of one `expand` and its gradient (multiply and add are two)."""
         forward = backward = 0
         for row in self.rows:
-            for part, _ in self._arguments(row):
+            for part, _ in itertools.chain.from_iterable(self._arguments(row)):
                 problem = ops.kron_axes(*part.values())
                 cost = plan.cost(plan.best_order(*problem), *problem)
                 forward, backward = forward + cost.flops, backward + cost.backward_flops
@@ -335,18 +352,19 @@ class LiGO(nn.Module):
     def _parts_into(self, parameters, others):
         """What `kron_expand_into` takes, part by part: a small stack in the operators' dtype lives no longer.
 
-        others: gets the rows that it cannot take: pieces that are no matrices inside their parameters, or are scaled
-            otherwise in every layer.
+        others: gets the rows that it cannot take: pieces that are no matrices inside their parameters, are scaled
+            otherwise in every layer, or are sums of terms.
         """
         for row in self.rows:
             arguments = self._arguments(row)
             targets = [matrices(parameters[name][None], row.entries, self._big) for name in row.names]
             start = parameters[row.names[0]].untyped_storage().data_ptr()
             scattered = any(out.untyped_storage().data_ptr() != start for out in targets[0])
-            if row.offset or scattered or any(v.ndim > 1 for _, vs in arguments for v in vs.values() if v is not None):
+            scales = [v for terms in arguments for _, vectors in terms for v in vectors.values() if v is not None]
+            if row.offset or scattered or any(v.ndim > 1 for v in scales) or any(len(terms) > 1 for terms in arguments):
                 others.append(row)
                 continue
-            for (part, vectors), *out in zip(arguments, *targets, strict=True):
+            for [(part, vectors)], *out in zip(arguments, *targets, strict=True):
                 yield dict(out=[y[0] for y in out], **part, **vectors)
 
     def skeleton(self, dtype: torch.dtype | None = None) -> nn.Module:

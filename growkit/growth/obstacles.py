@@ -10,6 +10,8 @@ def obstacles(growth: Growth, tolerance: float) -> list[str]:
     fields, found = {name: size.field for name, size in family.fields().items()}, []
     if start.width == "mixed":
         found.append("the published start mixes neurons and layers at random")
+    if start.width == "next" and any(growth.from_next(side) for side in ("residual_write", "query_write", "ffn_write")):
+        found.append("new coordinates are written by the next layer's weights, and read as copies of this one's")
     if start.depth in ("stack", "interpolate", "overlap") and big["layers"] > small["layers"]:
         found.append(
             f"{fields['layers']}: layers that are there twice add to the stream twice: nearest {small['layers']}"

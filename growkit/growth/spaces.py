@@ -131,6 +131,51 @@ class Extension(Map):
         return self.prepare(torch.eye(self.small, device=self.index.device), 0)[self.index]
 
 
+class Terms(Map):
+    """A sum, M = sum_r M[r], of M [R, large, small] (or [R, layers, large, small]), learned whole.
+
+    A weight between sides that are sums is a sum of as many Kronecker terms, W_new = sum_r B[r] W A[r]^T: what no
+    single pair of maps makes. Where its depth map is [R, L2, L1], each term mixes layers in its own way.
+    """
+
+    def __init__(self, M: torch.Tensor):
+        super().__init__()
+        self.M = nn.Parameter(M)
+
+    def __len__(self):
+        return len(self.M)
+
+    def tensor(self):
+        return self.M.sum(0)
+
+    def matrix(self):
+        return self.tensor()
+
+    def term(self, r: int) -> Map:
+        return _Term(self.M[r])
+
+
+class _Term(Map):
+    def __init__(self, M):
+        super().__init__()
+        self.M = M
+
+    def tensor(self):
+        return self.M
+
+
+def kronecker_terms(B: Map | None, A: Map | None, w: torch.Tensor | None):
+    """(B, A, w) of every term of a weight between these maps; one where none of them is a sum."""
+    counts = {len(M) for M in (B, A) if isinstance(M, Terms)} | ({len(w)} if w is not None and w.ndim == 3 else set())
+    if len(counts) > 1:
+        raise ValueError(f"maps: a weight is between sums of {' and '.join(map(str, sorted(counts)))} terms")
+    for r in range(max(counts, default=1)):
+        yield (
+            *(M.term(r) if isinstance(M, Terms) else M for M in (B, A)),
+            w[r] if w is not None and w.ndim == 3 else w,
+        )
+
+
 class HeadTop(Map):
     """scale * [I; C (x) I]: old heads stay, new ones mix them as a whole: C [heads2-heads1, heads1] is learned.
 

@@ -9,12 +9,14 @@ from typing import NamedTuple
 
 import torch
 
-from growkit.growth.families.table import Family
+from growkit.growth.families.table import Family, size_of
 
 
 class Start(NamedTuple):
     """width: what new coordinates are: "new" (random where unread), "copies", "split" (copies read in random parts),
-    "zeros" (as new, but the stream is padded with zeros whatever its norm), "mixed" (random rows, tied), "none".
+    "drawn" (copies of drawn units and heads, the stream as in new), "drawn_copies" (copies of drawn coordinates
+    everywhere), "next" (the same, of the next layer), "zeros" (as new, but the stream is padded with zeros whatever its
+    norm), "mixed" (random rows, tied), "none".
     depth: what new layers are: "skip" (copies that add nothing), "stack", "interpolate", "overlap", "noisy".
     lossless: whether a growth that cannot keep the function is refused.
     """
@@ -22,6 +24,16 @@ class Start(NamedTuple):
     width: str
     depth: str
     lossless: bool = False
+
+    @property
+    def copies(self) -> bool:
+        """Whether new heads and hidden units are copies, read in parts."""
+        return self.width in ("copies", "split", "drawn", "drawn_copies", "next")
+
+    @property
+    def drawn(self) -> bool:
+        """Whether what is copied is drawn at random."""
+        return self.width in ("drawn", "drawn_copies", "next")
 
 
 STARTS = {
@@ -35,6 +47,9 @@ STARTS = {
     "hypercloning": Start("copies", "skip", True),
     "lemon": Start("split", "skip", True),
     "zero_pad": Start("zeros", "skip"),
+    "net2net": Start("drawn", "skip", True),
+    "fpi": Start("drawn_copies", "skip", True),
+    "aki": Start("next", "stack"),
 }
 
 
@@ -54,7 +69,14 @@ class Growth(NamedTuple):
     @property
     def copied(self) -> bool:
         """Whether the residual stream is widened by copies of itself."""
-        return self.start.width == "copies" or bool(self.family.residual.post_norm)
+        return self.start.width in ("copies", "drawn_copies", "next") or bool(self.family.residual.post_norm)
+
+    def from_next(self, side: str) -> bool:
+        """Whether new coordinates of this side are those of the next layer: bert2BERT's AKI, of what is written."""
+        space, _, role = side.partition("_")
+        grown = size_of(side, self.big) > size_of(side, self.small)
+        last = space == "head" or space in self.family.tables
+        return self.start.width == "next" and role != "read" and not last and grown
 
     @property
     def ratio(self) -> float:
@@ -74,6 +96,11 @@ class Random:
     def uniform(self, *shape):
         return torch.rand(shape, generator=self.generator, dtype=self.dtype)
 
+    def drawn(self, count: int, of: int) -> torch.Tensor:
+        """count of the numbers below `of`, each as often as any other, give or take one."""
+        turns = [torch.randperm(of, generator=self.generator) for _ in range(-(-count // of))]
+        return torch.cat([torch.arange(0), *turns])[: max(0, count)]
+
 
 def source_layers(depth: str, L1: int, L2: int) -> list[int]:
     """Small layer that every large one resembles."""
@@ -86,7 +113,8 @@ def source_layers(depth: str, L1: int, L2: int) -> list[int]:
 
 
 def depth_map(growth: Growth, pattern: str, sides: Sequence[str | None], random: Random) -> torch.Tensor:
-    """w [L2, L1] of one layered parameter; [L2, L1+1] where the last column is for a layer of ones.
+    """w [L2, L1] of one layered parameter; [L2, L1+1] where the last column is for a layer of ones; [2, L2, L1] where
+    new coordinates are the next layer's, one w for each term of its map.
 
     Skipping layers: of each run of copies only the first is not a no-op. Before-norm: a copy whose residual-writing
     weights are zero does nothing. Post-norm: it does nothing if also its input is normalised already, so the affine of
@@ -107,7 +135,7 @@ def depth_map(growth: Growth, pattern: str, sides: Sequence[str | None], random:
     else:
         # Of units that are copies the map makes what is read add up to nothing.
         reads = {s for s in sides if s and s.endswith("_read")} - {"residual_read", "head_read"}
-        copies = reads and growth.start.width in ("copies", "split")
+        copies = reads and growth.start.copies
         keep = first if skip and "residual_write" in sides and not copies else [True] * L2
     for t, s in enumerate(source):
         if keep[t]:
@@ -116,6 +144,9 @@ def depth_map(growth: Growth, pattern: str, sides: Sequence[str | None], random:
             w[t, L1] = 1.0
     if "query_write" in sides and getattr(growth.config, family.attention.layer_scaled or "", False):
         w *= torch.tensor([[(t + 1) / (s + 1)] for t, s in enumerate(source)], dtype=w.dtype)
+    if any(side and growth.from_next(side) for side in sides):
+        following = torch.arange(1, L1 + 1).clamp(max=L1 - 1)
+        w = torch.stack([w, torch.zeros_like(w).index_add_(1, following, w)])
     return w
 
 

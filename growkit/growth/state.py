@@ -171,5 +171,5 @@ def _depth(operator, row, key, t):
     """dL/dW of one small layer is w times that of a large one that holds w W alone."""
     if not row.layered or not acts(operator, row, t):
         return 1.0
-    w = operator.depth[key][t]
+    w = operator.depth[key][..., t, :].flatten()
     return 1 / float(w[operator._source[t]]) if int((w != 0).sum()) == 1 and w[operator._source[t]] else 1.0

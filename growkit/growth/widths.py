@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from growkit.growth.families.table import size_of
-from growkit.growth.spaces import Copy, Extension, HeadStructured, HeadTop, Identity, IdentityTop, Map
+from growkit.growth.spaces import Copy, Extension, HeadStructured, HeadTop, Identity, IdentityTop, Map, Terms
 from growkit.growth.starts import Growth, Random, source_layers
 
 
@@ -60,13 +60,40 @@ def _mixed(growth, sides, layers, layered, random):
 
 
 def _structured(growth, sides, layers, layered, random):
-    maps = _residual(growth, random)
+    stream = _copied(growth, growth.small["residual"], growth.big["residual"], random)
+    maps = _residual(growth, stream, random)
     for space in growth.family.hidden:
         if space != "head":
             maps |= _hidden(growth, space, layers if space in layered else (), space in layered, random)
     if "head_write" in sides:
-        maps |= _normed_head(growth, random)
-    return maps | _attention(growth, layers, random)
+        maps |= _normed_head(growth, stream, random)
+    maps |= _attention(growth, layers, random)
+    return {side: _from_next(made) if growth.from_next(side) else made for side, made in maps.items()}
+
+
+def _from_next(made):
+    """A map of copies as two terms: what writes the first of each old coordinate, and what writes the copies.
+
+    bert2BERT's AKI (arXiv:2110.07143): W_new[l][j, :] = W~[l][j, :] for j <= old, else W~[l+1][g(j), :], where ~ is the
+    growth of what is read. The terms' depth maps say which layer is whose.
+    """
+    M = made.matrix().detach()
+    first = ((M != 0).cumsum(-2) == 1) & (M != 0)
+    return Terms(torch.stack([M * first, M * ~first]))
+
+
+def _copied(growth, old, new, random):
+    """g, the old unit of each new one: the old ones, then copies, in turn or drawn.
+
+    Net2WiderNet (arXiv:1511.05641), and bert2BERT's FPI (arXiv:2110.07143) with one g for all that shares a space:
+        g(j) = j for j <= old, else drawn;   W_new[j, :] = W[g(j), :];   V_new[:, j] = s_j V[:, g(j)]
+    for W that writes the units and V that reads them. Both papers take s_j = 1 / (copies of g(j)); here the parts of a
+    unit's copies differ and sum to 1, for equal ones would get equal gradients. Both draw each copy by itself; here no
+    unit is copied twice more than another, so that a norm sees whole copies at whole multiples.
+    """
+    if growth.start.drawn:
+        return torch.cat([torch.arange(old), random.drawn(new - old, old)])[:new]
+    return torch.arange(new) % old
 
 
 def _top(C, scale=1.0):
@@ -93,14 +120,14 @@ def _shares(index, small, random=None):
     return part / torch.zeros(small, dtype=torch.float64).index_add(0, index, part)[index]
 
 
-def _residual(growth, random):
+def _residual(growth, index, random):
+    """index: old coordinate of each new one, where they are copies."""
     D1, D2 = growth.small["residual"], growth.big["residual"]
     new, dtype = (D2 - D1, D1), random.dtype
     zeros, mean = torch.zeros(new, dtype=dtype), torch.full(new, 1 / D1, dtype=dtype)
     multiplied = growth.family.residual.multiplier(D1) / growth.family.residual.multiplier(D2)
-    if growth.copied and D2 % D1 == 0:
+    if growth.copied and (D2 % D1 == 0 or growth.start.width == "next"):
         # A tied head reads every copy whole, so its norm is divided instead.
-        index = torch.arange(D2) % D1
         whole, shares = torch.eye(D1, dtype=dtype)[index[D1:]], _shares(index, D1).to(dtype)
         sides = ("residual_write", "residual_gain", "residual_shift", "branch_write")
         maps = {side: _top(whole.clone()) for side in sides}
@@ -177,8 +204,8 @@ def _skips(growth):
 def _hidden(growth, space, layers, layered, random):
     """Units that act one by one: any new ones will do that nothing reads, or copies read in parts."""
     F1, F2 = growth.small[space], growth.big[space]
-    if growth.start.width in ("copies", "split"):
-        index = torch.arange(F2) % F1
+    if growth.start.copies:
+        index = _copied(growth, F1, F2, random)
         C = torch.eye(F1, dtype=random.dtype)[index[F1:]].expand(*layers, -1, -1)
         shares = _shares(index, F1, random if growth.start.width == "split" else None).to(random.dtype)
         scale = _layered_scale(growth, index, shares) if layered else _scale(shares)
@@ -187,8 +214,11 @@ def _hidden(growth, space, layers, layered, random):
     return {f"{space}_write": _top(random.normal(*layers, F2 - F1, F1)), f"{space}_read": _top(zeros)}
 
 
-def _normed_head(growth, random):
-    """The MLM head's own units have a norm: copies keep its statistics, an even selection nearly does."""
+def _normed_head(growth, stream, random):
+    """The MLM head's own units have a norm: copies keep its statistics, an even selection nearly does.
+
+    stream: what the residual coordinates are copies of, for a tied head reads by what writes them.
+    """
     H1, H2, dtype = growth.small["head"], growth.big["head"], random.dtype
     eye = torch.eye(H1, dtype=dtype)
     if H2 % H1:
@@ -196,7 +226,7 @@ def _normed_head(growth, random):
         zeros = torch.zeros_like(chosen)
         maps = {f"head_{role}": _top(zeros.clone() if growth.tied else chosen.clone()) for role in ("gain", "shift")}
         return maps | {"head_write": _top(chosen.clone()), "head_read": _top(zeros.clone())}
-    index = torch.arange(H2) % H1
+    index = stream if growth.tied else _copied(growth, H1, H2, random)
     whole, shares = eye[index[H1:]], _scale(_shares(index, H1).to(dtype))
     maps = {f"head_{role}": _top(whole.clone(), shares if growth.tied else 1.0) for role in ("gain", "shift")}
     return maps | {"head_write": _top(whole.clone()), "head_read": _top(whole.clone(), shares)}
@@ -236,11 +266,11 @@ def _attention(growth, layers, random):
     family, small, big = growth.family, growth.small, growth.big
     H1, H2, K1, d1, d2 = small["heads"], big["heads"], small["kv_heads"], small["head_dim"], big["head_dim"]
     (keys, queries), read_scale = _placed(growth), 1.0
-    if growth.start.width in ("copies", "split"):
+    if growth.start.copies:
         g1, g2 = H1 // K1, H2 // big["kv_heads"]
-        firsts = sum(k >= 0 for k in keys)
-        keys = [k if k >= 0 else keys[j % firsts] for j, k in enumerate(keys)]
-        queries = [q if q >= 0 else keys[h // g2] * g1 + h % g2 % g1 for h, q in enumerate(queries)]
+        keys = [keys[j] for j in _copied(growth, sum(k >= 0 for k in keys), len(keys), random).tolist()]
+        within = _copied(growth, g1, g2, random).tolist()
+        queries = [q if q >= 0 else keys[h // g2] * g1 + within[h % g2] for h, q in enumerate(queries)]
         index = torch.tensor(queries)
         shares = _shares(index, H1, random if growth.start.width == "split" else None).to(random.dtype)
         read_scale = _layered_scale(growth, index, shares)
