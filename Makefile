@@ -49,8 +49,7 @@ QUICK = tests/typing tests/test_cli.py tests/test_docs.py tests/test_text.py tes
 check: lint
 	OMP_NUM_THREADS=1 .venv/bin/pytest -q -n logical --maxprocesses 8 --dist loadgroup $(or $(ARGS),$(QUICK))
 
-docs: $(INSTALLED)
-	.venv/bin/pip install --quiet --no-build-isolation -e '.[docs]'
+docs: .venv/.extra-docs
 	.venv/bin/mkdocs build --quiet --strict $(ARGS)
 
 types: $(INSTALLED)
@@ -65,8 +64,7 @@ lint: $(INSTALLED)
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
 
-wheel: $(INSTALLED)
-	.venv/bin/pip install --quiet --no-build-isolation -e '.[wheel]'
+wheel: .venv/.extra-wheel
 	packaging/wheels.sh .venv/bin/python
 
 # Another Python's stamp: that .venv goes. torch comes first and alone, so that nothing after it picks another torch.
@@ -81,6 +79,11 @@ $(INSTALLED): pyproject.toml setup.py Makefile $(wildcard csrc/*)
 	@.venv/bin/pip install --quiet torch==2.13.0
 	@.venv/bin/pip install --quiet 'setuptools>=77' ninja pybind11
 	@.venv/bin/pip install --quiet --no-build-isolation -e '.[dev]'
+	@touch $@
+
+# What a target needs beside that: an extra of pyproject.toml.
+.venv/.extra-%: $(INSTALLED)
+	.venv/bin/pip install --quiet --no-build-isolation -e '.[$*]'
 	@touch $@
 
 # litgpt and torchtitan name older versions of what Trainer needs; they work beside the newer ones.
