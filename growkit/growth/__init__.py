@@ -2,5 +2,6 @@
 command's way from one checkpoint on disk to another."""
 
 from growkit.growth.ligo import LiGO
+from growkit.growth.shards import ShardedFiles
 
-__all__ = ["LiGO"]
+__all__ = ["LiGO", "ShardedFiles"]

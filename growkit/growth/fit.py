@@ -9,6 +9,8 @@ from torch import distributed, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from growkit.growth.batches import IGNORED, inputs_of, is_causal, label_count, taken
+from growkit.growth.build import Shard
+from growkit.growth.shards import check_fully_sharded, write
 from growkit.growth.worth import doubt, plain_steps
 from growkit.optim import SophiaG
 from growkit.warn import warn
@@ -30,6 +32,7 @@ def fit(
     mask_token: int | None = None,
     mask_rate: float = 0.15,
     state: dict[str, Any] | None = None,
+    shard: Shard | None = None,
 ) -> list[float]:
     """Learn the operators on the large model's own loss; the small weights stay as they are. Returns the losses.
 
@@ -45,6 +48,9 @@ def fit(
         arguments and batches, it goes on where it stopped. state["plain_steps"] is what the steps so far have cost:
         their FLOPs over those of one step that trains the grown model on as many batches.
     optimizer: "sophiag" refreshes its curvature every 10 steps by labels sampled from the logits, and takes no loss=.
+    shard: is given the large model with its parameters on the meta device, and calls FSDP2's `fully_shard` on its
+        layers and on it. Every rank then keeps shards of weights and gradients, makes or gathers those of one module
+        type at a time, and expands twice per step. Without it every rank has the large model.
 
     Where torch.distributed is set up, every rank gives batches of its own and all take the same step. Dropout, masks
     and sampled labels are drawn from `seed`. FloatingPointError where a loss or its gradient is not
@@ -81,7 +87,7 @@ def fit(
         update.load_state_dict(state["optimizer"])
         schedule.load_state_dict(state["schedule"])
     before = {name: value.clone() for name, value in self.state_dict().items()}, dict(state)
-    run = _Step(self, loss, mask_token, mask_rate, state.get("plain_flops"))
+    run = (_ShardedStep if shard else _Step)(self, loss, mask_token, mask_rate, state.get("plain_flops"), shard)
     expansion = self.flops_per_expansion
     for _ in range(len(losses) * accumulate):
         next(feed)
@@ -118,10 +124,10 @@ def fit(
 class _Step:
     """Gradients of one step: expand once, run the micro-batches through the large model, back into the operators."""
 
-    def __init__(self, operator, loss, mask_token, mask_rate, flops):
+    def __init__(self, operator, loss, mask_token, mask_rate, flops, shard):
         self.operator, self.loss, self.masks = operator, loss, (mask_token, mask_rate)
         self.flops = flops  # of the model alone in one step, counted in the first
-        self.model = operator.skeleton().train(operator.training)
+        self.model = operator.skeleton(shard=shard).train(operator.training)
         self.parameters = dict(self.model.named_parameters())
         device = next(self.model.parameters()).device
         self.devices = [device] if device.type == "cuda" else []
@@ -130,10 +136,7 @@ class _Step:
 
     def __call__(self, batches, step, refresh=None):
         """The loss; refresh: an optimizer whose curvature is due."""
-        weights = self.operator.expand()
-        for name, parameter in self.parameters.items():  # leaves: the graph of the model ends here
-            parameter.data = weights[name].detach().to(parameter.dtype)
-            parameter.grad = None
+        self._expand()
         seeds = [
             self.operator.seed + (step * len(batches) + micro) * self.ranks + self.rank for micro in range(len(batches))
         ]
@@ -143,7 +146,7 @@ class _Step:
             counts = [label_count(self.model, batch) for batch in batches]
         if refresh:
             total, number = self._accumulate([_sampled_loss(self.model, batches[0], seeds[0], self.devices)])
-            self._into_operators(weights, number, more=True)
+            self._into_operators(number, more=True)
             for p in self.operator.parameters():
                 p.grad *= math.sqrt(number)  # h is in units of N * g^2
             refresh.update_hessian()
@@ -161,7 +164,7 @@ class _Step:
             raise FloatingPointError(f"loss: the batches of step {step} have no label that it could be the mean of")
         if not math.isfinite(total):
             raise FloatingPointError(f"loss: got {total} in step {step}; the operator is as before it")
-        self._into_operators(weights, number)
+        self._into_operators(number)
         norm = nn.utils.clip_grad_norm_(self.operator.parameters(), 1.0)
         if not bool(norm.isfinite()):
             raise FloatingPointError(f"loss: its gradient is not finite in step {step}; the operator is as before it")
@@ -178,14 +181,23 @@ class _Step:
             distributed.all_reduce(total)
         return total.tolist()
 
-    def _into_operators(self, weights, number, more=False):
+    def _expand(self):
+        """Give the model its weights, as leaves: its graph ends there."""
+        self.weights = self.operator.expand()
+        for name, parameter in self.parameters.items():
+            parameter.data = self.weights[name].detach().to(parameter.dtype)
+            parameter.grad = None
+
+    def _into_operators(self, number, more=False):
         """Gradients of the operators from those of the model, divided by the number of labels."""
-        grown = [n for n, p in self.parameters.items() if p.grad is not None and weights[n].requires_grad]
+        grown = [n for n, p in self.parameters.items() if p.grad is not None and self.weights[n].requires_grad]
         torch.autograd.backward(
-            [weights[name] for name in grown],
-            [(self.parameters[name].grad / number).to(weights[name].dtype) for name in grown],
+            [self.weights[name] for name in grown],
+            [(self.parameters[name].grad / number).to(self.weights[name].dtype) for name in grown],
             retain_graph=more,
         )
+        if not more:
+            self.weights = None  # or the next expansion would be made beside this one
         for p in self.operator.parameters():
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
             if self.ranks > 1:
@@ -202,6 +214,35 @@ class _Step:
         if value is None:
             raise ValueError("batches: the model returned no loss; expected 'labels' in every batch, or pass loss=")
         return value, count
+
+
+class _ShardedStep(_Step):
+    """The same for a model whose parameters FSDP2 shards, one module type at a time."""
+
+    def __init__(self, operator, *arguments):
+        super().__init__(operator, *arguments)
+        check_fully_sharded(self.model)
+        for module in self.model.modules():
+            if hasattr(module, "set_gradient_divide_factor"):
+                module.set_gradient_divide_factor(1.0)  # a sum, as it is divided by all labels later
+
+    @torch.no_grad()
+    def _expand(self):
+        for row in self.operator.rows:
+            for name, value in zip(row.names, self.operator.expand_row(row), strict=True):
+                write(self.parameters[name], value)
+                self.parameters[name].grad = None
+
+    def _into_operators(self, number, more=False):
+        for row in self.operator.rows:
+            grads = [self.parameters[name].grad for name in row.names]
+            reached = [layer for layer, grad in enumerate(grads) if grad is not None]
+            weights = self.operator.expand_row(row) if reached else None
+            if reached and weights.requires_grad:
+                whole = [(grads[layer].full_tensor() / number).to(weights.dtype) for layer in reached]
+                torch.autograd.backward([weights[layer] for layer in reached], whole)
+        for p in self.operator.parameters():
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
 
 
 def _sampled_loss(model, inputs, seed, devices):

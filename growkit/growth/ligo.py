@@ -12,13 +12,16 @@ import torch
 from torch import nn
 
 from growkit import ops
+from growkit.growth.build import Shard, build
 from growkit.growth.check import TOLERANCE, output_change
 from growkit.growth.families import FAMILIES
 from growkit.growth.families.table import Family
 from growkit.growth.fit import fit
 from growkit.growth.layout import assemble, matrices, pieces
 from growkit.growth.obstacles import obstacles
+from growkit.growth.shards import Whole, unsharded_class, write
 from growkit.growth.source import (
+    Row,
     check_names,
     class_of,
     grown_buffers,
@@ -35,6 +38,7 @@ from growkit.growth.state import grow_optimizer
 from growkit.growth.target import grown_config
 from growkit.growth.widths import ties, width_maps
 from growkit.kron import plan
+from growkit.optim.distributed import is_sharded
 
 StartName = Literal[
     "lossless",
@@ -63,7 +67,8 @@ class LiGO(nn.Module):
     """Grow a model by a learned linear map of its weights: W_new[l2] = sum_l1 w[l2,l1] B W[l1] A^T.
 
     small_model: a Hugging Face model of a family in `growkit.growth.families`, with any of its heads; it is read, never
-        changed. Or its config, with `weights`.
+        changed. Or its config, with `weights`. Of parameters that are sharded (DTensors) every process keeps its shards
+        and gathers those of one module type when they are needed, all processes together.
     big_config: config to grow into, nowhere smaller, or config field -> size for those that grow. What is not a size
         stays as the small model has it; a config that sets it otherwise is refused.
     start: "lossless"      the grown model computes what the small one does; ValueError where no such growth exists
@@ -122,7 +127,9 @@ class LiGO(nn.Module):
             self._begin(unwrapped(small_model), big_config, STARTS[start], family, weights)
         self.to(self._first_device)
         if start == "closest" and self.reason:
-            warnings.warn(f"not lossless: {self.reason}; outputs change by {self.check():.2g} relative", stacklevel=2)
+            held = self._weights is None
+            told = f"outputs change by {self.check():.2g} relative" if held else "check() measures by how much"
+            warnings.warn(f"not lossless: {self.reason}; {told}", stacklevel=2)
 
     def _begin(self, small_model, big_config, start, family, weights):
         model = small_model if isinstance(small_model, nn.Module) else None
@@ -142,7 +149,7 @@ class LiGO(nn.Module):
                 raise ValueError(f"small_model: config.{name} is {got!r}, the family's table is for {value!r}")
         if model is None and weights is None:
             raise ValueError("weights: got None with a config, expected a mapping of name to tensor")
-        self._model_class = type(model) if model is not None else class_of(self.small_config)
+        self._model_class = unsharded_class(model) if model is not None else class_of(self.small_config)
         L1, L2 = layer_counts(family, self.small_config, big_config)
         source = source_layers(start.depth, L1, L2)
         self._small, self._big, self.config = grown_config(family, self.small_config, big_config, source)
@@ -152,10 +159,13 @@ class LiGO(nn.Module):
         self._source, self._generation_config = source, copy.deepcopy(getattr(model, "generation_config", None))
         named = [] if model is None else model.named_parameters()
         self._parameters_of_small = {name: weakref.ref(p) for name, p in named}
+        parameters = weights
         if weights is None:
-            weights = dict(model.named_parameters())
-            check_names(weights, expected)
-        first = weights[next(iter(expected))]
+            parameters = dict(model.named_parameters())
+            check_names(parameters, expected)
+            sharded = any(map(is_sharded, parameters.values()))
+            weights = Whole(parameters) if sharded else parameters
+        first = parameters[next(iter(expected))]
         self._dtype, self._first_device = first.dtype, first.device
         if model is not None:
             self._dtype = getattr(model, "dtype", self._dtype)
@@ -176,7 +186,7 @@ class LiGO(nn.Module):
             for key, piece in zip(row.keys, pieces(row.entries), strict=True):
                 if row.layered:
                     self.depth[key] = nn.Parameter(depth_map(growth, row.pattern, piece.sides, random))
-        if model is not None:
+        if weights is parameters and model is not None:
             for row in self.rows:
                 for key, W in zip(row.keys, self._load(row), strict=True):
                     self.register_buffer(f"small_{key}", W, persistent=False)
@@ -277,6 +287,10 @@ class LiGO(nn.Module):
             weights |= zip(row.names, stack.unbind(), strict=True)
         return weights
 
+    def expand_row(self, row: Row) -> torch.Tensor:
+        """`expand` of one of `rows`: a stack of the parameters `row.names`."""
+        return self._assemble(row, [(ops.kron_expand(**part), vectors) for part, vectors in self._arguments(row)])
+
     def _assemble(self, row, scaled):
         """Large weights of one row as a stack, from what `kron_expand` gave for each term of each piece, and scales."""
         parts = []
@@ -333,20 +347,23 @@ class LiGO(nn.Module):
         return Flops(forward, backward)
 
     @torch.no_grad()
-    def grow(self, dtype: torch.dtype | None = None) -> nn.Module:
+    def grow(self, dtype: torch.dtype | None = None, *, shard: Shard | None = None) -> nn.Module:
         """The large model, of the small one's class, in eval mode, with its generation config and buffers.
 
         dtype: default the small model's.
         Its parameters are written in place, in panels: beside the model, memory for one small stack and about 64 MB, or
         256 MB where the stack of a row or column is so large that narrower panels would not pay (`plan.panels`).
+        shard: is given the model with its parameters on the meta device, and shards it (`fully_shard`). Every process
+            makes every large tensor, one at a time, and keeps its own shard of it: what `tensors()` gives, to the bit.
         """
-        model = self.skeleton(dtype).eval()
+        model = self.skeleton(dtype, shard).eval()
         parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
-        others = []
-        ops.kron_expand_into(self._parts_into(parameters, others))
+        others = list(self.rows) if shard else []
+        if not shard:
+            ops.kron_expand_into(self._parts_into(parameters, others))
         for row in others:
             for name, value in self._grown(row):
-                parameters[name].copy_(value)
+                write(parameters[name], value)
         return model
 
     def _parts_into(self, parameters, others):
@@ -367,9 +384,9 @@ class LiGO(nn.Module):
             for [(part, vectors)], *out in zip(arguments, *targets, strict=True):
                 yield dict(out=[y[0] for y in out], **part, **vectors)
 
-    def skeleton(self, dtype: torch.dtype | None = None) -> nn.Module:
+    def skeleton(self, dtype: torch.dtype | None = None, shard: Shard | None = None) -> nn.Module:
         """A model of the large config on the small one's device, its parameters of no meaning yet."""
-        model = self._build(self.config, dtype)
+        model = build(self._model_class, self.config, dtype or self._dtype, self._device, shard)
         buffers = dict(model.named_buffers())
         for name, value in self.kept_buffers.items():
             buffers[name].copy_(value)
@@ -377,19 +394,10 @@ class LiGO(nn.Module):
             model.generation_config = copy.deepcopy(self._generation_config)
         return model
 
-    def _build(self, config, dtype):
-        """A model of this config; the constructor draws weights that will be overwritten."""
-        dtype, config = dtype or self._dtype, copy.deepcopy(config)
-        devices = [self._device] if self._device.type == "cuda" else []
-        with torch.random.fork_rng(devices), torch.device(self._device):
-            if hasattr(self._model_class, "_from_config"):
-                return self._model_class._from_config(config, dtype=dtype)
-            return self._model_class(config).to(self._device, dtype)
-
     @torch.no_grad()
     def small_model(self, dtype: torch.dtype | None = None) -> nn.Module:
         """The small model as this operator holds it, in eval mode."""
-        model = self._build(self.small_config, dtype).eval()
+        model = build(self._model_class, self.small_config, dtype or self._dtype, self._device).eval()
         parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
         for row in self.rows:
             stacks = [W[: len(row.small_names)] for W in self._stacks(row)]
@@ -404,7 +412,7 @@ class LiGO(nn.Module):
     def check(self, inputs: Mapping[str, torch.Tensor] | torch.Tensor | None = None) -> float:
         """`growth.check.output_change` of the present operators, on `inputs` or random ones from `seed`.
 
-        Both models are built, in the dtype of the operators: what rounding to a narrower one does is not counted.
+        Both models are built, whole, in the dtype of the operators: what rounding to a narrower one does is not counted.
         """
         dtype = self._operator_dtype
         return output_change(self.small_model(dtype), self.grow(dtype), inputs, self.seed)

@@ -9,6 +9,7 @@ from torch import nn
 
 from growkit.growth.families.table import match
 from growkit.growth.layout import pieces, shape_of
+from growkit.optim.distributed import is_sharded
 
 
 class Row(NamedTuple):
@@ -48,10 +49,10 @@ def unwrapped(model):
         )
     if isinstance(model, nn.Module):
         for name, p in model.named_parameters():
-            if not p.is_floating_point() or type(p) not in (nn.Parameter, torch.Tensor):
+            if not p.is_floating_point() or not (type(p) in (nn.Parameter, torch.Tensor) or is_sharded(p)):
                 raise ValueError(
-                    f"small_model: {name} is {type(p).__name__} of {p.dtype}, expected plain floating point: "
-                    f"a quantized model has to be dequantized and a sharded one gathered first"
+                    f"small_model: {name} is {type(p).__name__} of {p.dtype}, expected plain floating point, whole or "
+                    f"a DTensor: a quantized model has to be dequantized first"
                 )
             if p.is_meta:
                 raise ValueError(f"small_model: {name} is on the meta device, expected weights")

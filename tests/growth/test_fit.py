@@ -11,6 +11,7 @@ from growkit.growth.worth import doubt
 
 transformers = pytest.importorskip("transformers")
 
+from growth.forks import in_processes  # noqa: E402
 from growth.models import batches, bert, gpt2, model  # noqa: E402
 
 LEARNING = {
@@ -189,30 +190,65 @@ def test_batches_that_run_out_leave_the_operator_as_it_was(known):
     assert all(x.equal(before[name]) for name, x in operator.state_dict().items())
 
 
-def test_ranks_take_the_step_of_all_their_batches(tmp_path):
-    """Two processes with a batch each end where one does that accumulates both."""
-    context = torch.multiprocessing.get_context("fork")
-    ranks = [context.Process(target=_rank, args=(rank, tmp_path)) for rank in range(2)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(60)
-        assert process.exitcode == 0
-    alone = LiGO(model(gpt2(24, 3, 2)), gpt2(32, 4, 3)).eval()
-    losses = alone.fit(batches(4), steps=2, accumulate=2)
+def _whole_blocks(net):
+    """FSDP2 as torchtitan and accelerate lay it out: block by block, then what is left."""
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = torch.distributed.init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    for block in net.transformer.h:
+        fully_shard(block, mesh=mesh)
+    fully_shard(net, mesh=mesh)
+
+
+SPREAD = {"DDP": (None, "adamw"), "FSDP2": (_whole_blocks, "adamw"), "FSDP2-sophiag": (_whole_blocks, "sophiag")}
+
+
+@pytest.mark.parametrize(("shard", "optimizer"), SPREAD.values(), ids=SPREAD)
+def test_ranks_take_the_step_of_all_their_batches(shard, optimizer, tmp_path):
+    """Two processes with a batch each end where one does that accumulates both; of sampled labels, where both ranks do
+    that hold the whole model."""
+    in_processes(_rank, 2, tmp_path, tmp_path, shard, optimizer)
+    if optimizer == "adamw":
+        alone = LiGO(model(gpt2(24, 3, 2)), gpt2(32, 4, 3)).eval()
+        losses = alone.fit(batches(4), steps=2, accumulate=2)
+        expected = alone.state_dict()
+    else:
+        (tmp_path / "whole").mkdir()
+        in_processes(_rank, 2, tmp_path, tmp_path / "whole", None, optimizer)
+        expected, losses = torch.load(tmp_path / "whole/0.pt")
     for rank in range(2):
         state, seen = torch.load(tmp_path / f"{rank}.pt")
         assert seen == pytest.approx(losses)
-        for name, value in alone.named_parameters():
-            torch.testing.assert_close(state[name], value.detach(), rtol=1e-6, atol=1e-9)
+        for name, value in expected.items():
+            # Sophia divides by h: where both gradients are rounding noise, so is the step, up to lr = 1e-3.
+            torch.testing.assert_close(state[name], value, rtol=1e-6, atol=1e-9 if optimizer == "adamw" else 1e-6)
 
 
-def _rank(rank, folder):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+def _rank(rank, folder, shard, optimizer):
     operator = LiGO(model(gpt2(24, 3, 2)), gpt2(32, 4, 3)).eval()
-    losses = operator.fit(list(batches(4))[rank::2], steps=2)
+    losses = operator.fit(list(batches(4))[rank::2], steps=2, shard=shard, optimizer=optimizer)
     torch.save((operator.state_dict(), losses), folder / f"{rank}.pt")
-    torch.distributed.destroy_process_group()
+
+
+def test_a_shard_that_leaves_parameters_whole_is_refused(tmp_path):
+    in_processes(_refused, 1, tmp_path)
+
+
+def _refused(rank):
+    from torch.distributed.fsdp import fully_shard
+
+    operator = LiGO(model(gpt2(24, 3, 2)), gpt2(32, 4, 3))
+    mesh = torch.distributed.init_device_mesh("cpu", (1,))
+    for shard, said in (
+        (lambda net: None, "shard: left a GPT2LMHeadModel that fully_shard was not called on"),
+        (lambda net: fully_shard(net.transformer, mesh=mesh), "shard: left a GPT2LMHeadModel"),
+        (
+            lambda net: fully_shard(net, mesh=mesh, ignored_params={net.transformer.wpe.weight}),
+            "shard: left transformer.wpe.weight whole on every process",
+        ),
+    ):
+        with pytest.raises(ValueError, match=said):
+            operator.fit(batches(1), steps=1, shard=shard)
 
 
 def test_images_and_pairs_of_a_data_loader_are_batches():
