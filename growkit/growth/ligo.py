@@ -412,7 +412,8 @@ class LiGO(nn.Module):
     def check(self, inputs: Mapping[str, torch.Tensor] | torch.Tensor | None = None) -> float:
         """`growth.check.output_change` of the present operators, on `inputs` or random ones from `seed`.
 
-        Both models are built, whole, in the dtype of the operators: what rounding to a narrower one does is not counted.
+        Both models are built, and whole, in the dtype of the operators: what rounding to a narrower one does is not
+        counted.
         """
         dtype = self._operator_dtype
         return output_change(self.small_model(dtype), self.grow(dtype), inputs, self.seed)
