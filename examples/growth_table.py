@@ -213,14 +213,14 @@ def run_trained(family, steps):
     return first, last, *losses, change, found + problems(small, grown, operator.exact, 8)
 
 
-def run(family, start, dtype, steps):
+def run(family, start, dtype, steps, noise=0.0):
     """(relative change of the logits, whether it counts as none, problems)"""
     name, config, _ = FAMILIES[family]
     small_size, big_size = sizes(family, start)
     small = random_model(name, config(*small_size), dtype)
     if family == "roberta":
         small.config.layer_norm_eps = 1e-12
-    operator = LiGO(small, config(*big_size), start=start)
+    operator = LiGO(small, config(*big_size), start=start, noise=noise)
     change, exact = operator.check(), operator.exact
     return change, exact, problems(small, operator.grow(), exact, steps)
 
@@ -245,6 +245,7 @@ def main(arguments=None):
     parser.add_argument("--families", nargs="+", default=list(FAMILIES), choices=FAMILIES)
     parser.add_argument("--starts", nargs="+", default=list(STARTS), choices=STARTS)
     parser.add_argument("--dtype", default="float64", choices=("float64", "float32"))
+    parser.add_argument("--noise", type=float, default=0.0, help="of the starts that copy")
     parser.add_argument("--steps", type=int, default=8, help="of training after growth")
     parser.add_argument("--trained", type=int, metavar="STEPS", help=f"of training {', '.join(TRAINED)} before growth")
     options = parser.parse_args(arguments)
@@ -260,7 +261,7 @@ def main(arguments=None):
     for family in options.families:
         cells = []
         for start in options.starts:
-            change, exact, found = run(family, start, getattr(torch, options.dtype), options.steps)
+            change, exact, found = run(family, start, getattr(torch, options.dtype), options.steps, options.noise)
             cells.append(f"{change:.0e}" if exact else f"({change:.2f})")
             wrong += [f"{family}, {start}: {words}" for words in found]
         print(f"| {family} | " + " | ".join(cells) + " |", flush=True)

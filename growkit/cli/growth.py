@@ -51,6 +51,12 @@ def _size(name, what, example):
     help="Which layers share a map, e.g. --sharing target",
 )
 @click.option("--seed", type=int, default=0, help="Of all that is random, e.g. --seed 1")
+@click.option(
+    "--noise",
+    type=click.FloatRange(0),
+    default=0.0,
+    help="Tell copies apart without changing the outputs, in units of the weights, e.g. --noise 0.1",
+)
 @click.option("--learn", type=click.IntRange(0), default=0, help="Steps that train the map, e.g. --learn 100")
 @click.option(
     "--data", type=TEXT, metavar="FILE|DIR", show_default="none", help="Text to learn from, e.g. --data text/"

@@ -14,6 +14,7 @@ import torch
 
 from growkit.growth.families.table import size_of
 from growkit.growth.layout import pieces
+from growkit.growth.spaces import Noise, Terms
 from growkit.growth.widths import rotary_dims
 
 
@@ -75,8 +76,8 @@ def duals(operator, layer: int) -> Mapping[str, Dual | Rows]:
 
 
 class _Maps:
-    """Maps of an operator written out for one layer, [large, small]. A side that the model lacks keeps old coordinates
-    and adds nothing."""
+    """Maps of an operator written out for one layer, [large, small], without noise. A side that the model lacks keeps
+    old coordinates and adds nothing."""
 
     def __init__(self, operator, layer):
         self.operator, self.small = operator, layer
@@ -87,6 +88,11 @@ class _Maps:
         operator = self.operator
         large, small = (size_of(side, sizes) for sizes in (operator._big, operator._small))
         own = operator._map(side) if side in self.sides else None
+        terms = [term for term in own.terms if not isinstance(term, Noise)] if isinstance(own, Terms) else [own]
+        return sum(self._written_out(term, large, small) for term in terms)
+
+    def _written_out(self, own, large, small):
+        operator = self.operator
         M = own.tensor() if own else None
         if M is None:
             M = torch.eye(large, small, dtype=operator._operator_dtype, device=operator._device)

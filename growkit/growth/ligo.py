@@ -92,6 +92,9 @@ class LiGO(nn.Module):
         type(small_model)(config).
     weights: name -> tensor, read one module type at a time whenever it is needed; by default the small model's
         parameters, which are copied, stacked by module type.
+    noise: of a start that copies: what is read of each copy gets random differences of about `noise` times its size,
+        which sum to zero over copies, so that the output stays and copies part ways from the first step. A tied output
+        layer reads by the embedding, and gets none.
 
     config: the grown model's.
     rows: what the table says of this model, as `Row`s.
@@ -115,6 +118,7 @@ class LiGO(nn.Module):
         *,
         family: Family | None = None,
         weights: Mapping[str, torch.Tensor] | None = None,
+        noise: float = 0.0,
     ):
         super().__init__()
         if start not in STARTS:
@@ -122,16 +126,18 @@ class LiGO(nn.Module):
         sharing = sharing or ("target" if start == "official" else "model")
         if sharing not in get_args(Sharing):
             raise ValueError(f"sharing: got {sharing!r}, expected 'model', 'target' or 'source'")
+        if not 0 <= noise < math.inf:
+            raise ValueError(f"noise: got {noise}, expected a number from 0 up")
         self.sharing, self.seed = sharing, seed
         with torch.device("cpu"):  # a default device must not decide where maps are made
-            self._begin(unwrapped(small_model), big_config, STARTS[start], family, weights)
+            self._begin(unwrapped(small_model), big_config, STARTS[start], family, weights, noise)
         self.to(self._first_device)
         if start == "closest" and self.reason:
             held = self._weights is None
             told = f"outputs change by {self.check():.2g} relative" if held else "check() measures by how much"
             warnings.warn(f"not lossless: {self.reason}; {told}", stacklevel=2)
 
-    def _begin(self, small_model, big_config, start, family, weights):
+    def _begin(self, small_model, big_config, start, family, weights, noise):
         model = small_model if isinstance(small_model, nn.Module) else None
         self.small_config = copy.deepcopy(small_model if model is None else getattr(model, "config", None))
         if self.small_config is not None:
@@ -173,7 +179,8 @@ class LiGO(nn.Module):
             raise ValueError(f"small_model: weights are {self._dtype}, expected floating point; dequantize it first")
 
         self.rows = table_rows(family, skeletons, self._small, self._big, self._model_class)
-        growth = Growth(family, self._small, self._big, start, self.small_config, is_tied(family, skeletons[0]))
+        tied = is_tied(family, skeletons[0])
+        growth = Growth(family, self._small, self._big, start, self.small_config, tied, noise)
         self._growth = growth
         self._keep_buffers(model, weights, skeletons, source)
         random = Random(self.seed, torch.promote_types(self._dtype, torch.float32))

@@ -6,7 +6,7 @@ from growkit.growth.widths import groups_fit, rotary_dims
 
 def obstacles(growth: Growth, tolerance: float) -> list[str]:
     """Why this growth cannot keep the function, each naming a field and the nearest size that would."""
-    family, small, big, start, config, _ = growth
+    family, small, big, start, config, *_ = growth
     fields, found = {name: size.field for name, size in family.fields().items()}, []
     if start.width == "mixed":
         found.append("the published start mixes neurons and layers at random")

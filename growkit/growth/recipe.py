@@ -49,6 +49,7 @@ class Recipe:
     start: StartName = "lossless"
     sharing: Sharing | None = None
     seed: int = 0
+    noise: float = 0.0
     learn: int = 0
     data: str | None = None
     batch: int = 8
@@ -109,7 +110,9 @@ def plan(recipe: Recipe) -> Plan:
         if recipe.params:
             words = propose(family, config, count_of(recipe.params), lambda words: _count(checkpoint, family, words))
         big = wanted_fields(family, config, words)
-    operator = LiGO(config, big, recipe.start, recipe.sharing, recipe.seed, weights=checkpoint.weights)
+    operator = LiGO(
+        config, big, recipe.start, recipe.sharing, recipe.seed, weights=checkpoint.weights, noise=recipe.noise
+    )
     small_sizes, sizes = family.sizes(config), family.sizes(operator.config)
     dtype = next(iter(checkpoint.weights.values())).dtype
     entries = [Entry(name, row.shape, dtype) for row in operator.rows for name in row.names]
@@ -220,7 +223,7 @@ def _learned(plan, progress):
     model = plan.checkpoint.model()
     if not is_causal(model) and not is_masked(model):
         raise ValueError(f"--learn: learns from text, and {type(model).__name__} is no language model")
-    operator = LiGO(model, plan.operator.config, recipe.start, recipe.sharing, recipe.seed)
+    operator = LiGO(model, plan.operator.config, recipe.start, recipe.sharing, recipe.seed, noise=recipe.noise)
     draw = torch.Generator().manual_seed(recipe.seed)
 
     def batches():

@@ -131,49 +131,35 @@ class Extension(Map):
         return self.prepare(torch.eye(self.small, device=self.index.device), 0)[self.index]
 
 
-class Terms(Map):
-    """A sum, M = sum_r M[r], of M [R, large, small] (or [R, layers, large, small]), learned whole.
+class Noise(Dense):
+    """What tells copies apart that are read alike: N with N^T M = 0 for the map M that writes them, so that it adds
+    nothing to what is computed."""
 
-    A weight between sides that are sums is a sum of as many Kronecker terms, W_new = sum_r B[r] W A[r]^T: what no
-    single pair of maps makes. Where its depth map is [R, L2, L1], each term mixes layers in its own way.
+
+class Terms(Map):
+    """A sum of maps.
+
+    A weight beside such a side is a sum of Kronecker terms, W_new = sum_r B[r] W A[r]^T, which no single pair of maps
+    makes; a side that is no sum is in every term. Where a depth map is [R, L2, L1], each term mixes layers its own way.
     """
 
-    def __init__(self, M: torch.Tensor):
+    def __init__(self, *terms: Map):
         super().__init__()
-        self.M = nn.Parameter(M)
-
-    def __len__(self):
-        return len(self.M)
-
-    def tensor(self):
-        return self.M.sum(0)
+        self.terms = nn.ModuleList(terms)
 
     def matrix(self):
-        return self.tensor()
-
-    def term(self, r: int) -> Map:
-        return _Term(self.M[r])
-
-
-class _Term(Map):
-    def __init__(self, M):
-        super().__init__()
-        self.M = M
-
-    def tensor(self):
-        return self.M
+        return sum(term.matrix() for term in self.terms)
 
 
 def kronecker_terms(B: Map | None, A: Map | None, w: torch.Tensor | None):
     """(B, A, w) of every term of a weight between these maps; one where none of them is a sum."""
-    counts = {len(M) for M in (B, A) if isinstance(M, Terms)} | ({len(w)} if w is not None and w.ndim == 3 else set())
+    sides = [list(M.terms) if isinstance(M, Terms) else [M] for M in (B, A)]
+    sides.append(list(w) if w is not None and w.ndim == 3 else [w])
+    counts = {len(terms) for terms in sides} - {1}
     if len(counts) > 1:
         raise ValueError(f"maps: a weight is between sums of {' and '.join(map(str, sorted(counts)))} terms")
-    for r in range(max(counts, default=1)):
-        yield (
-            *(M.term(r) if isinstance(M, Terms) else M for M in (B, A)),
-            w[r] if w is not None and w.ndim == 3 else w,
-        )
+    count = max(counts, default=1)
+    return list(zip(*(terms * (count // len(terms)) for terms in sides), strict=True))
 
 
 class HeadTop(Map):

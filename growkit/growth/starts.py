@@ -56,7 +56,7 @@ STARTS = {
 class Growth(NamedTuple):
     """One growth, as everything here needs it: what grows, from what to what, and how it starts.
 
-    eps: of the norms. tied: whether the output layer is the embedding.
+    tied: whether the output layer is the embedding. noise: of what is read of copies, in units of the weights.
     """
 
     family: Family
@@ -65,6 +65,7 @@ class Growth(NamedTuple):
     start: Start
     config: object
     tied: bool
+    noise: float = 0.0
 
     @property
     def copied(self) -> bool:

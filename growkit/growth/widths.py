@@ -10,7 +10,18 @@ from collections.abc import Sequence
 import torch
 
 from growkit.growth.families.table import size_of
-from growkit.growth.spaces import Copy, Extension, HeadStructured, HeadTop, Identity, IdentityTop, Map, Terms
+from growkit.growth.spaces import (
+    Copy,
+    Dense,
+    Extension,
+    HeadStructured,
+    HeadTop,
+    Identity,
+    IdentityTop,
+    Map,
+    Noise,
+    Terms,
+)
 from growkit.growth.starts import Growth, Random, source_layers
 
 
@@ -20,6 +31,7 @@ def width_maps(
     """A map for every side.
 
     layers: leading dimensions of maps that layers do not share, for heads and the spaces in `layered`.
+    ValueError where noise is asked for and nothing that the model reads is a copy.
     """
     mixing = {side for side in sides if side.partition("_")[0] not in growth.family.tables}
     build = _mixed if growth.start.width == "mixed" else _structured
@@ -29,7 +41,11 @@ def width_maps(
         if new != old:
             copied = Copy(torch.arange(new) % old, old) if space == "positions" else Extension(old, new)
             maps[f"{space}_write"] = copied
-    return {side: maps[side] for side in sides if side in maps}
+    maps = {side: maps[side] for side in sides if side in maps}
+    terms = (term for made in maps.values() if isinstance(made, Terms) for term in made.terms)
+    if growth.noise and not any(isinstance(term, Noise) for term in terms):
+        raise ValueError(f"noise: got {growth.noise}, but this start has no copies that it could tell apart")
+    return maps
 
 
 def ties(growth: Growth, sides: set[str]) -> dict[str, str]:
@@ -79,7 +95,7 @@ def _from_next(made):
     """
     M = made.matrix().detach()
     first = ((M != 0).cumsum(-2) == 1) & (M != 0)
-    return Terms(torch.stack([M * first, M * ~first]))
+    return Terms(Dense(M * first), Dense(M * ~first))
 
 
 def _copied(growth, old, new, random):
@@ -120,6 +136,21 @@ def _shares(index, small, random=None):
     return part / torch.zeros(small, dtype=torch.float64).index_add(0, index, part)[index]
 
 
+def _told_apart(growth, read, index, old, random, inside=None):
+    """The map that reads copies, and with noise a second term that reads what they differ in: nothing, at first.
+
+    N = noise * (X - mean of X over the copies of each old unit), X of independent normal rows; so copies get gradients
+    of other directions from the first step on. HyperCloning's noise (arXiv:2409.12903) is the case of two copies.
+    inside: of heads, [head_dim2, head_dim1]: N mixes whole heads.
+    """
+    if not growth.noise or growth.start.width == "next" or len(index) == old:
+        return read
+    X = random.normal(len(index), old)
+    count = torch.bincount(index, minlength=old).to(X.dtype)
+    N = growth.noise * (X - (torch.zeros(old, old, dtype=X.dtype).index_add_(0, index, X) / count[:, None])[index])
+    return Terms(read, Noise(N if inside is None else torch.kron(N, inside)))
+
+
 def _residual(growth, index, random):
     """index: old coordinate of each new one, where they are copies."""
     D1, D2 = growth.small["residual"], growth.big["residual"]
@@ -133,8 +164,8 @@ def _residual(growth, index, random):
         maps = {side: _top(whole.clone()) for side in sides}
         maps["embedded_write"] = _top(whole.clone(), multiplied)
         maps["branch_gain"] = _top(whole.clone(), _branch_scale(growth, D2, random))
-        maps["residual_read"] = _top(whole.clone(), _scale(shares))
-        maps["head_read"] = _top(whole.clone(), _scale(shares))
+        for side in ("residual_read", "head_read"):
+            maps[side] = _told_apart(growth, _top(whole.clone(), _scale(shares)), index, D1, random)
         for role in ("gain", "shift"):
             maps[f"head_{role}"] = _top(whole.clone(), _scale(shares / multiplied) if growth.tied else 1.0)
         return maps
@@ -209,7 +240,8 @@ def _hidden(growth, space, layers, layered, random):
         C = torch.eye(F1, dtype=random.dtype)[index[F1:]].expand(*layers, -1, -1)
         shares = _shares(index, F1, random if growth.start.width == "split" else None).to(random.dtype)
         scale = _layered_scale(growth, index, shares) if layered else _scale(shares)
-        return {f"{space}_write": _top(C.clone()), f"{space}_read": _top(C.clone(), scale)}
+        read = _told_apart(growth, _top(C.clone(), scale), index, F1, random)
+        return {f"{space}_write": _top(C.clone()), f"{space}_read": read}
     zeros = torch.zeros(*layers, F2 - F1, F1, dtype=random.dtype)
     return {f"{space}_write": _top(random.normal(*layers, F2 - F1, F1)), f"{space}_read": _top(zeros)}
 
@@ -229,7 +261,8 @@ def _normed_head(growth, stream, random):
     index = stream if growth.tied else _copied(growth, H1, H2, random)
     whole, shares = eye[index[H1:]], _scale(_shares(index, H1).to(dtype))
     maps = {f"head_{role}": _top(whole.clone(), shares if growth.tied else 1.0) for role in ("gain", "shift")}
-    return maps | {"head_write": _top(whole.clone()), "head_read": _top(whole.clone(), shares)}
+    read = _told_apart(growth, _top(whole.clone(), shares), index, H1, random)
+    return maps | {"head_write": _top(whole.clone()), "head_read": read}
 
 
 def rotary_dims(growth: Growth, head_dim: int) -> int:
@@ -313,6 +346,8 @@ def _attention(growth, layers, random):
         "value_write": heads(keys, K1, fresh),
         "value_read": heads(queries, H1, same, read_scale, unread=True),
     }
+    if growth.start.copies:
+        maps["value_read"] = _told_apart(growth, maps["value_read"], index, H1, random, same)
     for side in ("query_gain", "key_gain"):
         maps[side] = Identity(d1) if d1 == d2 else IdentityTop(random.normal(d2 - d1, d1))
     return maps

@@ -53,6 +53,17 @@ def test_from_disk_to_disk_and_again_by_its_recipe(folder, capsys):
         assert weights(folder / arguments[-1]) == weights(folder / "big")
 
 
+def test_noise_is_replayed_to_the_same_bytes(folder, capsys):
+    words = [*SIZES.split(), "--start", "lemon", "--seed", "3"]
+    assert main(["grow", "small", "big", *words, "--noise", "0.2"]) == 0
+    assert float(re.search(r"big: outputs change by (\S+) relative", capsys.readouterr().out)[1]) < 1e-4
+    assert main(["grow", "--recipe", f"big/{recipe.RECIPE}", "--no-check", "again"]) == 0
+    assert main(["grow", "small", "plain", *words, "--no-check"]) == 0
+    assert weights(folder / "again") == weights(folder / "big") != weights(folder / "plain")
+    assert main(["grow", "small", "none", *SIZES.split(), "--noise", "0.2"]) == 1
+    assert "noise: got 0.2, but this start has no copies" in capsys.readouterr().err
+
+
 def test_a_dry_run_tells_what_it_takes_and_writes_nothing(folder, capsys):
     assert main(["grow", "small", "big", *SIZES.split(), "--dry-run"]) == 0
     out = capsys.readouterr().out

@@ -13,7 +13,7 @@ from growkit.growth.starts import STARTS
 
 transformers = pytest.importorskip("transformers")
 
-from growth.models import CONFIGS, bert, change, gpt2, model  # noqa: E402
+from growth.models import CONFIGS, batches, bert, change, gpt2, model  # noqa: E402
 
 
 def _copied(grown, weight, axis):
@@ -69,10 +69,64 @@ def test_a_sum_of_terms_is_the_same_at_once_and_layer_by_layer(sharing):
     for name, weight in operator.expand().items():
         torch.testing.assert_close(weight, grown[name].detach(), rtol=1e-12, atol=1e-13)
         assert weight.requires_grad
-    operator.maps["residual_write"] = Terms(torch.stack([operator.maps["residual_write"].M[0].detach()] * 3))
+    first = operator.maps["residual_write"].terms[0]
+    operator.maps["residual_write"] = Terms(first, first, first)
     with pytest.raises(ValueError, match="maps: a weight is between sums of 2 and 3 terms"):
         operator.expand()
 
 
 def test_every_start_has_a_type_and_a_word_of_the_command():
     assert tuple(STARTS) == typing.get_args(StartName) == cli.STARTS
+
+
+def _parallel(model, module):
+    """Cosine of the gradients of every two units of the first layer's module that have the same weights."""
+    tokens = next(batches(1))
+    model(tokens, labels=tokens).loss.backward()
+    layers = model.base_model.encoder.layer if hasattr(model.base_model, "encoder") else model.base_model.layers
+    weight = layers[0].get_submodule(module).weight
+    _, group = torch.unique(weight.detach(), dim=0, return_inverse=True)
+    pairs = [(int((group == g).nonzero()[0]), unit) for unit, g in enumerate(group)]
+    return torch.stack([torch.cosine_similarity(*weight.grad[list(pair)], 0) for pair in pairs if len(set(pair)) > 1])
+
+
+NOISY = {
+    "lemon": ("llama", (24, 6, 2, 50, 3), (40, 10, 4, 77, 5), ["mlp.up_proj", "self_attn.q_proj"]),
+    "fpi": ("bert", (24, 3, 2, 50), (48, 6, 2, 77), ["intermediate.dense", "attention.self.value"]),
+}
+
+
+@pytest.mark.parametrize("start", NOISY)
+def test_noise_keeps_the_output_and_sends_copies_apart_from_the_first_step(start):
+    family, small_size, big_size, modules = NOISY[start]
+    small = model(CONFIGS[family](*small_size))
+    big = CONFIGS[family](*big_size)
+    plain, noisy = (LiGO(small, big, start=start, noise=noise, seed=1) for noise in (0.0, 0.3))
+    assert noisy.exact and change(small, noisy.grow()) < (1e-5 if family == "llama" else 1e-12)
+    for module in modules:
+        assert _parallel(plain.grow(), module).min() > 1 - 1e-5
+        assert _parallel(noisy.grow(), module).max() < 1 - 1e-3, module
+
+
+def test_the_state_of_an_optimizer_grows_as_without_noise():
+    small = model(gpt2(24, 3, 2, 50))
+    optimizer = torch.optim.AdamW(small.parameters())
+    for tokens in batches(2):
+        small(tokens, labels=tokens).loss.backward()
+        optimizer.step()
+    moments = []
+    for noise in (0.0, 0.3):
+        operator = LiGO(small, gpt2(48, 6, 3, 77), start="hypercloning", noise=noise)
+        grown = operator.grow_optimizer(optimizer, operator.grow())
+        moments.append([state["exp_avg"] for state in grown.state.values()])
+    assert all(plain.equal(noisy) for plain, noisy in zip(*moments, strict=True))
+    assert any(noisy.any() for noisy in moments[1])
+
+
+def test_noise_is_refused_where_there_are_no_copies():
+    small = model(gpt2(24, 3, 2, 50))
+    for start in ("lossless", "aki"):  # copies of the next layer's units are no copies
+        with pytest.raises(ValueError, match="noise: got 0.1, but this start has no copies"):
+            LiGO(small, gpt2(40, 5, 3, 77), start=start, noise=0.1)
+    with pytest.raises(ValueError, match="noise: got -1, expected a number from 0 up"):
+        LiGO(small, gpt2(40, 5, 3, 77), start="lemon", noise=-1)
