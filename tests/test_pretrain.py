@@ -1,13 +1,18 @@
-"""examples/pretrain.py: what it logs, and that a stopped run goes on to the bit, on another number of processes too."""
+"""examples/pretrain.py: a stopped run goes on to the bit, on another number of processes too; what it saves grows."""
 
 import json
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+AutoModelForCausalLM = pytest.importorskip("transformers").AutoModelForCausalLM
+
+from growkit.growth import recipe as growth  # noqa: E402
 
 EXAMPLE = Path(__file__).parents[1] / "examples/pretrain.py"
 STEPS, STOP = 6, 4
@@ -46,44 +51,46 @@ def folder(tmp_path_factory):
     return folder
 
 
-def run(folder, out, *command, check=True, optimizer="sophiag"):
-    options = f"--steps {STEPS} --save-every 2 --context 16 --batch 4 --warmup 2 --every 2 --optimizer {optimizer}"
-    command = [sys.executable, *command, folder / "text.txt", folder / "config.json", folder / out, *options.split()]
+def run(folder, out, *command, check=True, model="config.json", options=()):
+    words = f"--steps {STEPS} --save-every 2 --context 16 --batch 4 --every 2".split()
+    command = [sys.executable, *command, folder / "text.txt", folder / model, folder / out, *words, *options]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     assert not check or done.returncode == 0, done.stdout + done.stderr
+    return [float(bits) for bits in re.findall(r"validation ([\d.]+) bits", done.stdout)]
 
 
 def weights(folder, out):
-    dcp_to_torch_save(folder / out / f"step-{STEPS}", folder / "weights.pt")
-    return torch.load(folder / "weights.pt")["model"]
-
-
-def last(folder, out):
-    return json.loads((folder / out / "log.jsonl").read_text().splitlines()[-1])
+    return AutoModelForCausalLM.from_pretrained(folder / out / "model").state_dict()
 
 
 @pytest.fixture(scope="module")
 def whole(folder):
-    run(folder, "whole", EXAMPLE)
-    return weights(folder, "whole")
+    """(validation at each checkpoint, weights) of a run that nothing stops."""
+    return run(folder, "whole", EXAMPLE), weights(folder, "whole")
 
 
-def test_log(folder, whole):
-    lines = [json.loads(line) for line in (folder / "whole/log.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [2, 4, 6]
-    assert lines[-1]["stats"]["refreshes"] == 3
-    assert all(0 < line["validation"] < 6 for line in lines)
+@pytest.fixture(scope="module")
+def stopped(folder):
+    run(folder, "stopped", "-c", STOPPED, check=False)
+    assert [path.name for path in (folder / "stopped").iterdir()] == [f"step-{STOP}"]
+    return folder / "stopped"
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_stopped_run_goes_on(processes, folder, whole):
+def test_stopped_run_goes_on(processes, folder, whole, stopped):
     out = f"stopped-{processes}"
-    run(folder, out, "-c", STOPPED, check=False)
-    assert [path.name for path in (folder / out).glob("step-*")] == [f"step-{STOP}"]
+    shutil.copytree(stopped, folder / out)
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes)
-    run(folder, out, *(torchrun if processes > 1 else ()), EXAMPLE)
+    bits = run(folder, out, *(torchrun if processes > 1 else ()), EXAMPLE)
+    assert len(whole[0]) == 3 and len(bits) == 1
+    found = weights(folder, out)
     if processes == 1:
-        for name, value in weights(folder, out).items():
-            assert torch.equal(value, whole[name]), name
+        assert all(torch.equal(value, whole[1][name]) for name, value in found.items())
     # Sums over processes round otherwise, and gradients that are nothing but rounding, of key biases, move them too.
-    assert abs(last(folder, out)["validation"] - last(folder, "whole")["validation"]) < 1e-4
+    assert bits[0] == pytest.approx(whole[0][-1], abs=2e-4)
+
+
+def test_what_it_saved_is_grown_and_trained_on(folder, whole):
+    growth.run(growth.plan(growth.Recipe(str(folder / "whole/model"), {"hidden_size": 32})), folder / "grown")
+    (start, *_) = run(folder, "on", EXAMPLE, model="grown", options=["--adamw", "--lr", "0"])
+    assert start == pytest.approx(whole[0][-1], abs=2e-4)

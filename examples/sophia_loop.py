@@ -1,6 +1,6 @@
 """A training loop of one's own: growkit.SophiaG in place of torch.optim.AdamW, and one line more.
 
-python examples/plain.py
+python examples/sophia_loop.py
 """
 
 import tiny
@@ -16,7 +16,7 @@ def main(steps=30):
         model(**batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    print(f"plain loop: loss {tiny.loss_of(model):.4f}, {optimizer.metrics()}")
+    print(f"a loop of one's own: loss {tiny.loss_of(model):.4f}, {optimizer.metrics()}")
     return model
 
 
