@@ -296,7 +296,8 @@ class LiGO(nn.Module):
 
     def expand_row(self, row: Row) -> torch.Tensor:
         """`expand` of one of `rows`: a stack of the parameters `row.names`."""
-        return self._assemble(row, [(ops.kron_expand(**part), vectors) for part, vectors in self._arguments(row)])
+        grown = [[(ops.kron_expand(**part), vectors) for part, vectors in terms] for terms in self._arguments(row)]
+        return self._assemble(row, grown)
 
     def _assemble(self, row, scaled):
         """Large weights of one row as a stack, from what `kron_expand` gave for each term of each piece, and scales."""
