@@ -6,7 +6,7 @@ import math
 import warnings
 import weakref
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import nn
@@ -38,6 +38,9 @@ from growkit.growth.state import grow_optimizer
 from growkit.growth.target import grown_config
 from growkit.growth.widths import ties, width_maps
 from growkit.kron import plan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig  # the only use of transformers here, and no run needs it
 from growkit.optim.distributed import is_sharded
 
 StartName = Literal[
@@ -110,8 +113,8 @@ class LiGO(nn.Module):
 
     def __init__(
         self,
-        small_model: nn.Module | Any,
-        big_config: Any | Mapping[str, int],
+        small_model: "nn.Module | PreTrainedConfig",
+        big_config: "PreTrainedConfig | Mapping[str, Any]",
         start: StartName = "lossless",
         sharing: Sharing | None = None,
         seed: int = 0,

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch.optim import Optimizer
@@ -163,7 +164,7 @@ class SophiaBase(Optimizer):
     # --- update ---
 
     @torch.no_grad()
-    def step(self, closure=None, bs=None):
+    def step(self, closure: Callable[[], Any] | None = None, bs: float | None = None) -> Any:
         """Update every parameter that has a gradient; on an attached optimizer, refresh the curvature when it is due.
 
         closure: recomputes the loss, returned. bs: overrides the group's `bs` for this step, as in the official code;
@@ -408,7 +409,7 @@ class SophiaBase(Optimizer):
         skipped = torch.as_tensor(self._skipped)
         self._telemetry.after_refresh(prepared, norm, fraction, skipped, int(self.param_groups[0]["refreshes"]) + 1)
 
-    def metrics(self):
+    def metrics(self) -> dict[str, float]:
         """{name: number} for a logger, as of the last refresh whose numbers have arrived: the host never waits.
 
         unclipped: fraction of elements with |m| < d in the step before it. rho: of the first group. refresh_grad_norm:
@@ -422,7 +423,7 @@ class SophiaBase(Optimizer):
         told = {"rho": float(self.param_groups[0]["rho"]), **told} if told else {}
         return {name: value for name, value in told.items() if math.isfinite(value)}
 
-    def stats(self):
+    def stats(self) -> dict[str, float | None]:
         """How the optimizer fares: {steps, refreshes, skipped, skipped_steps, unclipped}. May wait for the device.
 
         unclipped: fraction of elements with |m| < d, the official `win_rate`, in the last step before a refresh was

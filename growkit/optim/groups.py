@@ -1,11 +1,13 @@
 """Which parameters decay, and settings that somebody has trained with."""
 
+from collections.abc import Iterable
 from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import nn
 
 
-def param_groups(model, weight_decay, *, no_decay=()):
+def param_groups(model: nn.Module, weight_decay: float, *, no_decay: Iterable[str] = ()) -> list[dict[str, Any]]:
     """The trainable parameters of `model` as two named groups, with and without weight decay, for any optimizer.
 
     No decay for

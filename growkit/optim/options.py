@@ -5,11 +5,14 @@ from __future__ import annotations
 import numbers
 from collections.abc import Mapping, Sequence
 from operator import is_, itemgetter
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 
 from growkit import kernels
+
+Rounding = Literal["stochastic", "master", "nearest"]  # of a float32 result to a bfloat16 parameter
+StateDtype = torch.dtype | Literal["8bit"]
 
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64, torch.complex128)
 _NUMBERS = ("lr", "rho", "weight_decay", "eps")
@@ -70,7 +73,7 @@ def check_values(name: str, group: Mapping[str, Any]) -> None:
         raise ValueError(
             f"Invalid state_dtype: {group['state_dtype']}, expected None, torch.float32, torch.bfloat16 or '8bit'"
         )
-    if group["bf16_update"] not in ("stochastic", "master", "nearest"):
+    if group["bf16_update"] not in get_args(Rounding):
         raise ValueError(f"Invalid bf16_update: {group['bf16_update']!r}, expected 'stochastic', 'master' or 'nearest'")
 
 

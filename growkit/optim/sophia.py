@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from torch.optim.optimizer import ParamsT
 
 from growkit import ops
 from growkit.optim import curvature
 from growkit.optim.base import SophiaBase
 from growkit.optim.likelihood import Likelihood, check
-from growkit.optim.options import check_callable
+from growkit.optim.options import Rounding, StateDtype, check_callable
 
 
 class SophiaG(SophiaBase):
@@ -63,25 +64,25 @@ class SophiaG(SophiaBase):
 
     def __init__(
         self,
-        params,
-        lr=1e-4,
-        betas=(0.965, 0.99),
-        rho=0.04,
-        weight_decay=1e-1,
+        params: ParamsT,
+        lr: float | torch.Tensor = 1e-4,
+        betas: tuple[float, float] = (0.965, 0.99),
+        rho: float | Literal["auto"] = 0.04,
+        weight_decay: float = 1e-1,
         *,
-        maximize=False,
-        foreach=None,
-        fused=None,
-        capturable=False,
-        differentiable=False,
-        bs=5120,
-        eps=1e-15,
-        clip_grad_norm=None,
-        target_unclipped=None,
-        bf16_update="stochastic",
-        state_dtype=None,
-        seed=0,
-    ):
+        maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        bs: float = 5120,
+        eps: float = 1e-15,
+        clip_grad_norm: float | None = None,
+        target_unclipped: float | None = None,
+        bf16_update: Rounding = "stochastic",
+        state_dtype: StateDtype | None = None,
+        seed: int = 0,
+    ) -> None:
         flags = {"foreach": foreach, "fused": fused, "capturable": capturable, "differentiable": differentiable}
         common = {"maximize": maximize, "eps": eps, "clip_grad_norm": clip_grad_norm, "seed": seed, **flags}
         common |= {"bf16_update": bf16_update, "state_dtype": state_dtype, "target_unclipped": target_unclipped}
@@ -182,24 +183,24 @@ class SophiaH(SophiaBase):
 
     def __init__(
         self,
-        params,
-        lr=1e-4,
-        betas=(0.96, 0.99),
-        rho=0.01,
-        weight_decay=1e-1,
+        params: ParamsT,
+        lr: float | torch.Tensor = 1e-4,
+        betas: tuple[float, float] = (0.96, 0.99),
+        rho: float | Literal["auto"] = 0.01,
+        weight_decay: float = 1e-1,
         *,
-        maximize=False,
-        foreach=None,
-        fused=None,
-        capturable=False,
-        differentiable=False,
-        eps=1e-12,
-        clip_grad_norm=None,
-        target_unclipped=None,
-        bf16_update="stochastic",
-        state_dtype=None,
-        seed=0,
-    ):
+        maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        eps: float = 1e-12,
+        clip_grad_norm: float | None = None,
+        target_unclipped: float | None = None,
+        bf16_update: Rounding = "stochastic",
+        state_dtype: StateDtype | None = None,
+        seed: int = 0,
+    ) -> None:
         flags = {"foreach": foreach, "fused": fused, "capturable": capturable, "differentiable": differentiable}
         common = {"maximize": maximize, "eps": eps, "clip_grad_norm": clip_grad_norm, "seed": seed, **flags}
         common |= {"bf16_update": bf16_update, "state_dtype": state_dtype, "target_unclipped": target_unclipped}
