@@ -267,7 +267,7 @@ def outcome(**bits):
     ("bits", "words"),
     [
         ({}, "growing pays. It reaches 2.000: 0.200 better than large from scratch and 0.200 better than small, never"),
-        ({}, "80% of what the large model from scratch was allowed"),
+        ({}, "2.000 cost 8.0e+08 FLOPs: 80% of what the large model from scratch was allowed"),
         ({}, "cost 1.0e+07 FLOPs (1%) and gave 0.040"),
         ({}, "middle size trained directly for the same FLOPs reaches 1.900, 0.100 better than growing"),
         ({}, "is 0.100 worse than AdamW from scratch (2.300) and level with AdamW (apart by 0.000"),
@@ -286,6 +286,7 @@ def test_without_sophia_the_verdict_says_whose_runs_these_are():
     runs = {name: {"bits_per_byte": 2.0, "flops": 1e9} for name in ("small", *report.FINAL[:4])}
     runs["grown"] |= {"small_flops": 2e8, "fit_flops": 1e7, "after_start": 2.5, "after_fit": 2.46}
     assert list(report.verdict(runs))[-1].startswith("The optimizer of these runs is AdamW")
+    assert list(report.verdict(runs, as_measured=False))[-1].startswith("Seeds differ by up to")
 
 
 def test_labels_stand_apart():

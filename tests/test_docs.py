@@ -6,9 +6,25 @@ from pathlib import Path
 import pytest
 import torch
 
+import growkit
+
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-HOME = "https://github.com/growkit/growkit/blob/main/"
+# Where the project lives is said once, in pyproject.toml; every other page has to say the same.
+PROJECT = re.search(r'^Homepage = "(.*)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1]
+HOME = f"{PROJECT}/blob/main/"
+
+# README's comparison: its row, and the test of what growkit's cell says.
+TESTED = {
+    "training loop": "optim/test_attach.py::test_training_with_attach_lowers_the_loss",
+    "curvature": "optim/test_attach.py::test_refreshes_follow_the_schedule",
+    "optimizer state, bytes a parameter": "test_docs.py::test_bytes_of_state_are_those_of_the_readme",
+    "float32 step on CPU": "optim/test_sophia.py::test_training_loop_of_the_official_script_is_bit_equal",
+    "a model deeper": "growth/test_families.py::test_lossless_growth_in_every_direction",
+    "a model wider": "growth/test_families.py::test_lossless_growth_in_every_direction",
+    "the map is learned": "growth/test_fit.py::test_fit_gives_the_operator_the_gradient_of_the_whole_map",
+    "lossless": "growth/test_families.py::test_lossless_growth_in_every_direction",
+}
 
 
 def ids(page):
@@ -27,6 +43,45 @@ def test_the_code_of_the_quick_start_runs():
             block = re.sub(rf"\b{written}\b", here, block)
         exec(block, names)
     assert names["optimizer"].stats()["refreshes"] == 2 and names["big_model"].config.n_layer == 4
+
+
+def comparison():
+    """{row: its cells} of README's table of growkit beside others; the first two are growkit's and AdamW's."""
+    table = (ROOT / "README.md").read_text().partition("| | growkit |")[2].partition("\n\n")[0]
+    rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:])
+    return {row: cells for row, *cells in rows}
+
+
+def test_every_cell_of_the_comparison_has_a_test_or_a_source():
+    found = comparison()
+    assert found.keys() == TESTED.keys()
+    for test in TESTED.values():
+        file, _, name = test.partition("::")
+        assert f"def {name}(" in (ROOT / "tests" / file).read_text(), test
+    for cells in found.values():
+        for cell in cells[2:]:
+            assert cell in ("", "–") or re.fullmatch(r"\[.*\]\[\w+\]", cell), f"{cell}: names no source"
+
+
+def test_bytes_of_state_are_those_of_the_readme():
+    def bytes_of(make):
+        p = torch.nn.Parameter(torch.ones(256, 256))
+        p.grad = torch.ones_like(p)
+        optimizer = make([p])
+        optimizer.step()
+        return sum(t.nbytes for t in optimizer.state[p].values() if t.ndim) / p.numel()
+
+    dtypes = (None, torch.bfloat16, "8bit")
+    ours = [bytes_of(lambda ps, dtype=dtype: growkit.SophiaG(ps, state_dtype=dtype)) for dtype in dtypes]
+    cells = comparison()["optimizer state, bytes a parameter"]
+    assert cells[0] == "{:g}; {:g} in bfloat16; {:.1f} in 8 bits".format(*ours)
+    assert cells[1] == f"{bytes_of(torch.optim.AdamW):g}"
+
+
+def test_the_project_has_one_address():
+    for file in (*DOCUMENTS, ROOT / "mkdocs.yml", ROOT / "CITATION.cff", ROOT / "pyproject.toml"):
+        for found in re.findall(r"https://(?:raw\.githubusercontent|github)\.com/[\w-]+/growkit\b", file.read_text()):
+            assert found.replace("raw.githubusercontent", "github") == PROJECT, file.name
 
 
 @pytest.mark.parametrize("file", DOCUMENTS, ids=ids)
