@@ -144,6 +144,7 @@ STEPS = {
 }
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize(
     ("case", "offset"), [(case, OFFSETS) for case in STEPS] + [("float32", [0] * len(SIZES))], ids=str
 )
@@ -161,15 +162,13 @@ def test_step_kernel_equals_reference(case, offset):
         if found[name][0].dtype == F32:
             for f, e in zip(found[name], expected[name], strict=True):
                 torch.testing.assert_close(f, e, rtol=2**-22, atol=2**-22 * SCALARS["lr"])
-        elif name == "p" and "master" in found:  # the interpreter truncates where it should round to nearest
-            for f, e in zip(found[name], expected[name], strict=True):
-                torch.testing.assert_close(f, e, rtol=2**-7, atol=0)
         else:
             assert counted(found[name], expected[name]) <= sum(SIZES) / 1000
     total = sum(SIZES)
     assert 0 < counts[0] < total and abs(counts[0] - counts[1]) <= total / 1000
 
 
+@pytest.mark.gpu
 def test_the_step_kernel_repeats_itself_at_one_step_alone():
     lists = [operands(p=BF16, g=BF16) for _ in range(3)]
     for one, step in zip(lists, (7.0, 7.0, 8.0), strict=True):
@@ -186,6 +185,7 @@ def fold(module, kind, lists, **options):
     return module.hutchinson_ema_8bit_(*h, lists["g"], lists["p"] if kind == "given" else None, **options)
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["gnb", "given", "drawn"])
 @pytest.mark.parametrize("g", [F32, BF16], ids=str)
 def test_refresh_kernel_equals_reference(kind, g):
@@ -198,6 +198,7 @@ def test_refresh_kernel_equals_reference(kind, g):
     assert all(counted(found[k], operands(**dtypes)[k]) == 0 for k in ("p", "g", "m", "m_scale"))
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["gnb", "drawn"])
 def test_the_refresh_kernel_repeats_itself_at_one_refresh_alone(kind):
     lists = [operands(h=SIGNED) for _ in range(3)]
@@ -217,6 +218,7 @@ def test_skip_leaves_everything():
     assert all(counted(lists[name], operands(h=SIGNED)[name]) == 0 for name in lists)
 
 
+@pytest.mark.gpu
 def test_device_scalars_of_the_step_kernel():
     found, expected = operands(), operands()
     numbers = {k: torch.tensor(SCALARS[k], dtype=torch.float64, device=DEVICE) for k in ("lr", "rho_bs")}
@@ -231,14 +233,14 @@ def test_device_scalars_of_the_step_kernel():
 
 
 @pytest.mark.parametrize("module", [sophia8bit, reference], ids=["kernel", "reference"])
-@pytest.mark.parametrize("layout", ["transposed", "unaligned", "gaps"])
+@pytest.mark.parametrize("layout", ["transposed", pytest.param("unaligned", marks=pytest.mark.gpu), "gaps"])
 def test_blocks_are_row_major_in_any_layout_of_p_and_g(module, layout):
     make = {
         "transposed": lambda t: t.t().contiguous().t(),
         "unaligned": lambda t: torch.cat((t.flatten()[:1], t.flatten()))[1:].view(t.shape),
         "gaps": lambda t: torch.stack((t, t), dim=-1)[..., 0],
     }[layout]
-    shapes = [(70, 130), (4097,)]
+    shapes = [(20, 70), (257,)]
     options = {**SCALARS, "seed": 5, "parameter": [0, 1], "step": torch.tensor(1.0)}
     plain, odd = operands(shapes=shapes), operands(shapes=shapes)
     for name in ("p", "g"):
@@ -255,9 +257,9 @@ def test_many_tensors_take_one_launch(monkeypatch):
     launches = []
     run = sophia8bit._sophia_step_8bit.run
     monkeypatch.setattr(sophia8bit._sophia_step_8bit, "run", lambda *a, **k: (launches.append(k["grid"]), run(*a, **k)))
-    lists = operands(shapes=(5,) * 50 + (5000,))
-    sophia8bit.sophia_step_8bit_(**lists, **SCALARS, step=torch.tensor(1.0), seed=1, parameter=range(51))
-    assert launches == [(50 + 2,)]
+    lists = operands(shapes=(5,) * 8 + (5000,))
+    sophia8bit.sophia_step_8bit_(**lists, **SCALARS, step=torch.tensor(1.0), seed=1, parameter=range(9))
+    assert launches == [(8 + 2,)]
     sophia8bit.sophia_step_8bit_([], [], [], [], [], [], **SCALARS, step=torch.tensor(1.0), seed=1, parameter=[])
     sophia8bit.gnb_ema_8bit_([], [], [], beta2=0.9, seed=1, refresh=0, parameter=[])
     assert len(launches) == 1
