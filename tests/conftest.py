@@ -1,6 +1,7 @@
 import contextlib
 import hashlib
 import os
+import sys
 import tempfile
 from pathlib import Path
 
@@ -13,8 +14,12 @@ if not torch.cuda.is_available():
 torch.set_num_threads(1)  # operations this small only lose time to threads that wait for each other
 
 
+FURTHER = pytest.StashKey[bool]()  # a case of a test of which another one comes before
+
+
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(config, items):
+    tests = set()
     for item in items:
         # What a whole module shares is made by one worker, once; every other test goes to whichever worker is free.
         shared = [d for found in item._fixtureinfo.name2fixturedefs.values() for d in found if d.scope == "module"]
@@ -24,6 +29,25 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
         if "slow" in item.keywords and "slow" not in config.option.markexpr:
             item.add_marker(pytest.mark.skip(reason="slow: run with -m slow"))
+        test = item.nodeid.partition("[")[0]
+        item.stash[FURTHER] = test in tests
+        if not item.get_closest_marker("skip"):
+            tests.add(test)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    """Coverage counts the first case of a test alone: its tracer makes Python two to three times slower."""
+    tracer = sys.gettrace()
+    if not item.stash[FURTHER] or not type(tracer).__module__.startswith("coverage"):  # a debugger's stays
+        return (yield)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("COVERAGE_PROCESS_CONFIG", raising=False)  # of processes that the test starts
+        sys.settrace(None)
+        try:
+            return (yield)
+        finally:
+            sys.settrace(tracer)
 
 
 @pytest.fixture(scope="session")

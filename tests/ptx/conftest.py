@@ -23,6 +23,7 @@ def compiled():
     pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), cases.prepare)
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("TRITON_INTERPRET", raising=False)
+        patch.delenv("COVERAGE_PROCESS_CONFIG", raising=False)  # the emulator is slow enough without
         pool.submit(os.getpid).result()  # the process starts, and keeps the environment of now
     yield lambda function, *arguments: pool.submit(function, *arguments).result()
     pool.shutdown()
