@@ -1,20 +1,19 @@
 """The compiled extension as far as a machine without a GPU sees it: sources, setup.py, the library, its plans."""
 
 import importlib.machinery
-import importlib.metadata
 import importlib.util
 import os
 import re
 import shutil
 import subprocess
 import sys
-import sysconfig
 import venv
 from pathlib import Path
 
 import pytest
 import setuptools
 import torch
+from compilers import lacking, needs_compiler, needs_nvcc, nvcc_home, toolchain
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -24,31 +23,6 @@ from growkit.kernels import cpu
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "csrc"
 STACK = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
-
-
-def nvcc_home():
-    """The CUDA toolkit's folder, or None."""
-    for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda-13.0", "/usr/local/cuda"):
-        if home and Path(home, "bin/nvcc").is_file():
-            return Path(home).resolve()
-    return None
-
-
-def lacking():
-    """What a build of the extension cannot do without and does not find, or None."""
-    if not shutil.which("g++"):
-        return "no g++ on PATH"
-    if not shutil.which("ninja", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}"):
-        return "no ninja"
-    if not Path(sysconfig.get_paths()["include"], "Python.h").exists():
-        return "no Python.h"
-    return None if importlib.util.find_spec("pybind11") else "no pybind11"
-
-
-needs_compiler = pytest.mark.skipif(lacking() is not None, reason=str(lacking()))
-needs_nvcc = pytest.mark.skipif(
-    lacking() is not None or nvcc_home() is None, reason=lacking() or "no nvcc in CUDA_HOME or /usr/local/cuda"
-)
 
 
 def run(*words, cwd, fails=False, **environment):
@@ -197,39 +171,6 @@ def test_index_arithmetic_on_the_host(tmp_path):
     flags = "-std=c++17 -O1 -Wall -Wextra -Werror -fsanitize=undefined -fno-sanitize-recover=all".split()
     run("g++", *flags, f"-I{SOURCE}", ROOT / "tests/launch_test.cpp", "-o", tmp_path / "launch_test", cwd=tmp_path)
     assert int(run(tmp_path / "launch_test", cwd=tmp_path).split()[0]) > 10_000_000
-
-
-# What g++ cannot read of the kernels: the launch, dynamic shared memory, the one instruction written out.
-ON_HOST = (
-    (r"(\w+)<<<(.+?), kThreads, (.+?), stream>>>\(", r"host::launch(\1, \2, kThreads, \3, "),
-    (r"extern __shared__ float4 shared\[\];", "float4* const shared = host::shared;"),
-    (r'asm\("cvt\.rna.*', "std::memcpy(&bits, &v, 4); bits = (bits + 0x1000) & ~0x1fffu;"),
-)
-
-
-@pytest.mark.skipif(not shutil.which("g++"), reason="no g++ on PATH")
-def test_kernels_run_on_the_host(tmp_path):
-    """The kernels themselves, thread by thread: results, barriers, bounds of shared memory and of what is written."""
-    replaced = 0
-    for path in SOURCE.iterdir():
-        text = path.read_text()
-        for pattern, there in ON_HOST if path.suffix == ".cu" else ():
-            text, count = re.subn(pattern, there, text)
-            replaced += count
-        (tmp_path / path.name).write_text(text)
-    assert replaced == 5 + 2 + 1 and "<<<" not in "".join(path.read_text() for path in tmp_path.glob("*.cu"))
-    flags = "-std=c++17 -O2 -w -fsanitize=undefined -fno-sanitize-recover=all".split()
-    includes = [f"-I{ROOT / 'tests/cuda_on_host'}", f"-I{tmp_path}"]
-    run("g++", *flags, *includes, ROOT / "tests/kernels_test.cpp", "-o", tmp_path / "kernels_test", cwd=tmp_path)
-    assert int(run(tmp_path / "kernels_test", cwd=tmp_path).split()[0]) > 1_000_000
-
-
-def toolchain(*compilers):
-    """What a build depends on beside sources and flags, for the fixture `compiled_once`."""
-    told = [run(compiler, "--version", cwd=ROOT) for compiler in compilers]
-    read = {k: v for k, v in os.environ.items() if re.search("NVCC|CUDA|CXX|CPATH|INCLUDE|LIBRARY|GROWKIT|FLAGS", k)}
-    pybind11 = importlib.metadata.version("pybind11") if importlib.util.find_spec("pybind11") else None
-    return told, read, sys.version, sys.prefix, torch.__version__, torch.__file__, pybind11
 
 
 def build(compiled_once, source, *compilers, **environment):

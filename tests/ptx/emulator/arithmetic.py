@@ -332,20 +332,26 @@ _APPROXIMATE = {
 _ROUNDED = {"div": np.divide, "sqrt": np.sqrt, "rcp": lambda a: np.float32(1) / a}
 
 
+def _quotient(a, b):
+    """Of integers, rounded towards zero; of 0 as divisor, which threads that take no part may hold, something."""
+    b = np.where(b == 0, b.dtype.type(1), b)
+    down = a // b
+    return down + ((a - down * b != 0) & ((a < 0) != (b < 0))).astype(down.dtype)
+
+
+@_semantics("rem")
+def _remainder(name, modifiers, count):
+    (kind,) = modifiers
+    return Operation(kind, [kind] * 2, lambda a, b: a - _quotient(a, b) * np.where(b == 0, b.dtype.type(1), b))
+
+
 @_semantics(*_APPROXIMATE)
 def _function(name, modifiers, count):
     *modifiers, kind = modifiers
     sources = [kind] * (2 if name == "div" else 1)
     if name == "div" and kind in ("s32", "u32", "s64", "u64"):
         only(modifiers)
-
-        def quotient(a, b):
-            a, b = np.broadcast_arrays(a.astype(object), b.astype(object))
-            signs = [1 if (x < 0) == (y < 0) else -1 for x, y in zip(a, b, strict=True)]
-            whole = [abs(x) // abs(y) for x, y in zip(a, b, strict=True)]
-            return np.array([s * q for s, q in zip(signs, whole, strict=True)], dtype_of(kind))
-
-        return Operation(kind, sources, quotient)
+        return Operation(kind, sources, _quotient)
     if kind != "f32":
         raise Unsupported(f"type .{kind}")
     ftz = "ftz" in modifiers
@@ -397,6 +403,10 @@ def _cvt(name, modifiers, count):
     *modifiers, to, source = modifiers
     if source == "f32" and to.startswith(("bf16", "f16")):
         return _narrowed(modifiers, to)
+    if (to, source) == ("tf32", "f32"):
+        only(modifiers, "rna")
+        rounded = lambda b: np.where(b & 0x7FFFFFFF > 0x7F800000, 0x7FFFFFFF, b + 0x1000 & 0xFFFFE000)  # noqa: E731
+        return Operation("b32", ["b32"], lambda a: rounded(a.astype(np.int64)))
     if to == "f32" and source in ("bf16", "f16"):
         only(modifiers)
         wide = from_bfloat16 if source == "bf16" else lambda x: x.astype(np.float32)

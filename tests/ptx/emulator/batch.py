@@ -10,6 +10,7 @@ import numpy as np
 from .counts import Counts
 from .errors import EmulationError, Unsupported
 from .memory import Memory, Shared, Who
+from .operands import PARAMETER_BASE
 from .program import Instruction, Program
 from .warp import WARP
 
@@ -17,20 +18,21 @@ MAX_STEPS = 5_000_000  # instructions of a batch, by which time it hangs
 
 
 class Batch:
-    """Programs `first` .. `first + count - 1` of a grid. arguments: bits of each, an array of one element."""
+    """Programs `first` .. `first + count - 1` of a grid. arguments: the bytes of all, as the parameters lie."""
 
     def __init__(
         self,
         program: Program,
         memory: Memory,
         shared: int,
-        arguments: list[np.ndarray],
+        arguments: bytes,
         grid: tuple[int, int, int],
         first: int,
         count: int,
         noise: int | None,
     ):
-        self.program, self.memory, self.arguments, self.noise = program, memory, arguments, noise
+        self.program, self.memory, self.noise = program, memory, noise
+        self._arguments = np.frombuffer(arguments + bytes(-len(arguments) % 16), np.uint8)
         self.count, self.threads = count, count * program.threads
         self.lanes = np.arange(self.threads)
         self.lane = self.lanes % WARP
@@ -38,7 +40,7 @@ class Batch:
         self._index = first + self._place
         self._warp = self.lanes // WARP + first * (program.threads // WARP)
         self._epoch = np.zeros(count, np.int64)
-        self._shared = Shared(count, shared, program.shared_unit)
+        self._shared = Shared(count, program.static + shared, program.shared_unit)
         self.counts = Counts()
         self.r: list = [None] * len(program.names.widths)
         thread = self.lanes % program.threads
@@ -66,6 +68,12 @@ class Batch:
     def global_store(self, addresses, lanes, values: list[np.ndarray]) -> None:
         self.counts.access("store", addresses, self._warp[lanes], values[0].itemsize * len(values))
         self.memory.store(addresses, values, self._who(lanes))
+
+    def param_load(self, addresses, lanes, dtype: np.dtype, count: int) -> list[np.ndarray]:
+        size, offsets = dtype.itemsize * count, (addresses - np.uint64(PARAMETER_BASE)).astype(np.int64)
+        if (offsets < 0).any() or (offsets + size > len(self._arguments)).any() or (offsets % size).any():
+            raise EmulationError(f"{size}-byte load of parameters is out of bounds or misaligned")
+        return [self._arguments.view(dtype)[offsets // dtype.itemsize + k] for k in range(count)]
 
     def shared_load(self, addresses, lanes, dtype: np.dtype, count: int) -> list[np.ndarray]:
         self.counts.shared += dtype.itemsize * count * len(lanes)

@@ -1,4 +1,4 @@
-"""Triton kernels, compiled for a GPU that need not be there and executed on memory of this process."""
+"""Kernels, Triton's compiled for a GPU that need not be there, executed on memory of this process."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -13,8 +13,9 @@ from .batch import Batch
 from .counts import Counts
 from .errors import EmulationError
 from .memory import Memory
+from .parse import Parameter
 from .program import program
-from .values import UNSIGNED, bits_of, dtype_of
+from .values import UNSIGNED, dtype_of
 
 TOGETHER = 64  # programs that are executed in step: a bound on memory
 
@@ -23,6 +24,8 @@ class Compiled(NamedTuple):
     name: str
     ptx: str
     shared: int  # bytes
+    entry: str | None = None  # the kernel's name in a PTX module of several
+    threads: int | None = None  # per program, where the PTX does not say
 
 
 class Specialised(NamedTuple):
@@ -64,15 +67,18 @@ def compile(call: Specialised, arch: int) -> Compiled:
 def run(compiled: Compiled, grid: Sequence[int], values: Sequence, memory: Memory, noise: int | None = None) -> Counts:
     """Execute a compiled kernel on registered memory.
 
-    values: numbers, tensors or addresses, of the arguments that the PTX takes, in their order. noise: a number by which
-    the results of approximate instructions are moved within their allowed error; None: they are correctly rounded.
+    values: numbers, tensors or addresses, bytes of structures: the arguments that the PTX takes, in their order. noise:
+    a number by which the results of approximate instructions are moved within their allowed error; None: they are
+    correctly rounded.
     """
-    code = program(compiled.ptx)
+    code = program(compiled.ptx, compiled.entry, compiled.threads)
     values = [a.data_ptr() if hasattr(a, "data_ptr") else a for a in values]
     spare = len(code.parameters) - len(values)  # Triton's scratch memory, which none of these kernels uses
     if not 0 <= spare <= 2:
         raise EmulationError(f"{compiled.name} takes {len(code.parameters)} arguments, got {len(values)}")
-    arguments = [_bits(v, kind) for v, (_, kind) in zip(values + [0] * spare, code.parameters, strict=True)]
+    arguments = b""
+    for value, parameter in zip(values + [0] * spare, code.parameters, strict=True):
+        arguments += bytes(parameter.offset - len(arguments)) + _bytes(value, parameter)
     grid = (*grid, 1, 1, 1)[:3]
     counts, total = Counts(), grid[0] * grid[1] * grid[2]
     with np.errstate(all="ignore"):
@@ -82,10 +88,14 @@ def run(compiled: Compiled, grid: Sequence[int], values: Sequence, memory: Memor
     return counts
 
 
-def _bits(value, kind: str) -> np.ndarray:
-    if kind[0] == "f":
-        return np.array([value], dtype_of(kind)).view(UNSIGNED[bits_of(kind)])
-    bits = bits_of(kind)
+def _bytes(value, parameter: Parameter) -> bytes:
+    if isinstance(value, bytes):
+        if len(value) != parameter.size:
+            raise EmulationError(f"{parameter.name} takes {parameter.size} bytes, got {len(value)}")
+        return value
+    if parameter.kind[0] == "f":
+        return np.array([value], dtype_of(parameter.kind)).tobytes()
+    bits = 8 * parameter.size
     if not -(1 << bits - 1) <= int(value) < 1 << bits:
-        raise EmulationError(f"{value} does not fit .{kind}")
-    return np.array([int(value) & (1 << bits) - 1], UNSIGNED[bits])
+        raise EmulationError(f"{value} does not fit .{parameter.kind}")
+    return np.array([int(value) & (1 << bits) - 1], UNSIGNED[bits]).tobytes()

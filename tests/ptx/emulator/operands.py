@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 # Where shared memory starts: a multiple of 16, as the PTX promises, and of nothing larger, so that code which takes a
 # more aligned base for granted goes wrong here.
 SHARED_BASE = 1040
+PARAMETER_BASE = 1 << 62  # as of shared memory, where no tensor lies
 POISON = 0xDEADBEEFDEADBEEF  # of threads that skipped the first write to a register
 SPECIAL = [f"%{name}.{axis}" for name in ("tid", "ntid", "ctaid", "nctaid") for axis in "xyz"] + ["%laneid", "%warpid"]
 
@@ -30,7 +31,8 @@ class Operands:
         named = dict.fromkeys(SPECIAL, 32) | listing.registers
         self.index = {name: i for i, name in enumerate(named)}
         self.widths = list(named.values())
-        self._symbols = dict.fromkeys(listing.shared, SHARED_BASE)
+        self._symbols = {name: SHARED_BASE + start for name, start in listing.shared.items()}
+        self._symbols |= {parameter.name: PARAMETER_BASE + parameter.offset for parameter in listing.parameters}
 
     def reader(self, text: str, kind: str) -> Read:
         """The operand as an array of the numpy type of `kind`, of one element where it is a constant."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .arithmetic import SEMANTICS, Operation, approximate
-from .errors import Unsupported
+from .errors import EmulationError, Unsupported
 from .operands import Operands, parts, spread
 from .parse import Statement, parse
 from .values import SIGNED, UNSIGNED, bits_of, dtype_of
@@ -34,11 +34,15 @@ class Instruction:
 
 
 class Program:
-    """A PTX module with one kernel. Raises Unsupported for what the emulator does not know, with the line."""
+    """A kernel in a PTX module. Raises Unsupported for what the emulator does not know, with the line.
 
-    def __init__(self, ptx: str):
-        listing = parse(ptx)
-        self.name, self.threads, self.parameters = listing.name, listing.threads, listing.parameters
+    name: of the kernel, where there are several. threads: per program, where the PTX leaves that to the launch.
+    """
+
+    def __init__(self, ptx: str, name: str | None = None, threads: int | None = None):
+        listing = parse(ptx, name)
+        self.name, self.parameters, self.static = listing.name, listing.parameters, listing.static
+        self.threads = threads or listing.threads
         self.names = Operands(listing)
         self.shared_unit = 4  # bytes of the smallest access to shared memory
         self.code = [self._decoded(statement, listing.labels) for statement in listing.statements]
@@ -68,6 +72,8 @@ class Program:
     def _execution(self, name: str, modifiers: list[str], operands: list[str]) -> Execute:
         if name in ("bar", "barrier"):
             return lambda batch, active: None
+        if name == "trap":
+            return _trap
         if name == "ld":
             return self._load(modifiers, operands)
         if name == "st":
@@ -137,6 +143,8 @@ class Program:
 
     def _access(self, modifiers, values):
         """(space, type, bytes) of a load or store and the registers that it moves."""
+        if modifiers[0] not in ("global", "param", "shared", "shared::cta", "local", "const"):
+            modifiers = ["global", *modifiers]  # a generic address, here never one of shared memory or parameters
         space, *modifiers, kind = modifiers
         vector = [m for m in modifiers if m in ("v2", "v4", "v8")]
         for modifier in modifiers:
@@ -156,13 +164,11 @@ class Program:
         target, place = operands
         space, kind, size, registers = self._access(modifiers, target)
         writes, storage = [self.names.writer(register) for register in registers], np.dtype(UNSIGNED[8 * size])
-        if space == "param":
-            return self._load_parameter(re.fullmatch(r"\[(\w+)\]", place)[1], size, writes)
         address, signed = self.names.address(place), SIGNED[8 * size] if kind[0] == "s" else None
 
         def load(batch, active):
             lanes = batch.lanes if active is None else active.nonzero()[0]
-            access = batch.global_load if space == "global" else batch.shared_load
+            access = getattr(batch, f"{space}_load")
             found = access(spread(address(batch.r), lanes), lanes, storage, len(writes))
             for write, value in zip(writes, found, strict=True):
                 value = value if signed is None else value.view(signed)
@@ -173,12 +179,6 @@ class Program:
                 write(batch, value, active)
 
         return load
-
-    def _load_parameter(self, name, size, writes) -> Execute:
-        index = [parameter for parameter, _ in self.parameters].index(name)
-        if bits_of(self.parameters[index][1]) != 8 * size or len(writes) != 1:
-            raise Unsupported("part of a parameter")
-        return lambda batch, active: writes[0](batch, batch.arguments[index], active)
 
     def _store(self, modifiers, operands) -> Execute:
         place, values = operands
@@ -217,6 +217,10 @@ class Program:
 _ATOMIC = {"add": np.add, "min": np.minimum, "max": np.maximum, "and": np.bitwise_and, "or": np.bitwise_or}
 
 
+def _trap(batch, active):
+    raise EmulationError("trap")
+
+
 @functools.lru_cache(256)
-def program(ptx: str) -> Program:
-    return Program(ptx)
+def program(ptx: str, name: str | None = None, threads: int | None = None) -> Program:
+    return Program(ptx, name, threads)
