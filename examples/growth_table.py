@@ -59,6 +59,20 @@ def llama(config):
     return make
 
 
+def experts(config, *units):
+    """4 experts, of which 2 are chosen; with a larger hidden size twice as many of both."""
+
+    def make(hidden, heads, kv, layers, ffn):
+        times = 1 if hidden == SMALL[0] else 2
+        return config(
+            hidden_size=hidden, num_attention_heads=heads, num_key_value_heads=kv, head_dim=8, num_hidden_layers=layers,
+            max_position_embeddings=24, num_experts=4 * times, num_experts_per_tok=2 * times,
+            experts_implementation="eager", **{"intermediate_size": 50} | dict.fromkeys(units, ffn) | TOKENS,
+        )  # fmt: skip
+
+    return make
+
+
 def opt(hidden, heads, kv, layers, ffn):
     return transformers.OPTConfig(
         hidden_size=hidden, num_attention_heads=heads, num_hidden_layers=layers, ffn_dim=ffn,
@@ -81,6 +95,13 @@ FAMILIES = {
     "gemma": ("GemmaForCausalLM", llama(transformers.GemmaConfig), False),
     "gemma2": ("Gemma2ForCausalLM", llama(transformers.Gemma2Config), False),
     "gemma3_text": ("Gemma3ForCausalLM", llama(transformers.Gemma3TextConfig), False),
+    "mixtral": ("MixtralForCausalLM", experts(transformers.MixtralConfig, "intermediate_size"), False),
+    "qwen2_moe": (
+        "Qwen2MoeForCausalLM",
+        experts(transformers.Qwen2MoeConfig, "moe_intermediate_size", "shared_expert_intermediate_size"),
+        False,
+    ),
+    "qwen3_moe": ("Qwen3MoeForCausalLM", experts(transformers.Qwen3MoeConfig, "moe_intermediate_size"), False),
     "gpt_neox": ("GPTNeoXForCausalLM", bert(transformers.GPTNeoXConfig), False),
     "opt": ("OPTForCausalLM", opt, False),
 }
@@ -92,7 +113,9 @@ GROUPED = (24, 6, 3, 3, 50)
 def sizes(family, start):
     """Small and large sizes: every direction at once, where the kind of growth allows it."""
     copied = FAMILIES[family][2] or start in ("hypercloning", "fpi")
-    grouped = family in ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")
+    grouped = family in (
+        "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "mixtral", "qwen2_moe", "qwen3_moe",
+    )  # fmt: skip
     small = GROUPED if grouped else SMALL
     if start == "zero_blocks":
         return small, (*small[:3], 5, small[4])
@@ -125,7 +148,8 @@ def problems(small, grown, exact, steps):
     found = []
     with tempfile.TemporaryDirectory() as folder:
         grown.save_pretrained(folder)
-        loaded, info = type(grown).from_pretrained(folder, output_loading_info=True, dtype=grown.dtype)
+        options = {"experts_implementation": "eager"} if hasattr(grown.config, "num_experts_per_tok") else {}
+        loaded, info = type(grown).from_pretrained(folder, output_loading_info=True, dtype=grown.dtype, **options)
     if any(info.values()):
         found.append(f"loading: {info}")
     inputs = {name: x for name, x in batch(small, 1).items() if name != "labels"}
@@ -160,7 +184,7 @@ def untrained(model, steps):
             continue
         if not moved.all():
             found.append(f"{name}: {int((~moved).sum())} of {moved.numel()} elements without gradient")
-        for axis in range(p.ndim if p.ndim == 2 else 0):
+        for axis in range(p.ndim if p.ndim == 2 or "experts" in name else 0):
             if torch.unique(p.detach(), dim=axis).shape[axis] < p.shape[axis]:
                 found.append(f"{name}: copies stay equal along axis {axis}")
     return found

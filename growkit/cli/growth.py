@@ -37,6 +37,8 @@ def _size(name, what, example):
 @_size("kv-heads", "Key and value heads; by default as many queries share one as before", 4)
 @_size("head-dim", "Size of a head", 64)
 @_size("intermediate-size", "Hidden units of the MLP", 4096)
+@_size("experts", "Experts; as many times more are chosen unless asked for", 16)
+@_size("experts-per-token", "Experts chosen for each token", 4)
 @_size("vocab-size", "Rows of the embedding", 50304)
 @_size("positions", "Longest text", 2048)
 @click.option(

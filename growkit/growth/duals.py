@@ -63,6 +63,8 @@ def duals(operator, layer: int) -> Mapping[str, Dual | Rows]:
     """Side -> dual of its map, for the large layer that does what this small layer does."""
     maps = _Maps(operator, layer)
     growth = operator._growth
+    if growth.more_experts:
+        raise ValueError("optimizer: what copies of experts get of the router's weight is not known for more experts")
     found = _residual(maps, growth) | _attention(maps, growth)
     for space in growth.family.hidden:
         if space != "head":

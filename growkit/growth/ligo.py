@@ -17,7 +17,7 @@ from growkit.growth.check import TOLERANCE, output_change
 from growkit.growth.families import FAMILIES
 from growkit.growth.families.table import Family
 from growkit.growth.fit import fit
-from growkit.growth.layout import assemble, matrices, pieces
+from growkit.growth.layout import assemble, matrices, one_by_one, pieces
 from growkit.growth.obstacles import obstacles
 from growkit.growth.shards import Whole, unsharded_class, write
 from growkit.growth.source import (
@@ -32,7 +32,7 @@ from growkit.growth.source import (
     table_rows,
     unwrapped,
 )
-from growkit.growth.spaces import Map, kronecker_terms
+from growkit.growth.spaces import Map, kronecker_terms, stacked
 from growkit.growth.starts import STARTS, Growth, Random, depth_map, source_layers
 from growkit.growth.state import grow_optimizer
 from growkit.growth.target import grown_config
@@ -204,7 +204,7 @@ class LiGO(nn.Module):
         sides = {
             side: row.layered for row in self.rows for piece in pieces(row.entries) for side in piece.sides if side
         }
-        layered = {side.partition("_")[0] for side, inside in sides.items() if inside} - {"residual", "head"}
+        layered = {side.partition("_")[0] for side, inside in sides.items() if inside} - {"residual", "head", "expert"}
         layers = {"model": (), "target": (L2,), "source": (L1,)}[self.sharing]
         self.ties = ties(growth, set(sides))
         maps = width_maps(growth, sides.keys() - self.ties.keys(), layers, layered, random)
@@ -259,13 +259,14 @@ class LiGO(nn.Module):
         return self.maps[side] if side in self.maps else None
 
     def _arguments(self, row):
-        """For every piece its Kronecker terms, mostly one: arguments of `kron_expand`, and what scales its rows and
-        columns then, vectors or None."""
+        """For every matrix (a piece, or of a stacked one several) its Kronecker terms, mostly one: arguments of
+        `kron_expand`, and what scales its rows and columns then, vectors or None."""
         found = []
         for key, piece, W in zip(row.keys, pieces(row.entries), self._stacks(row), strict=True):
             w, W = self.depth[key] if row.layered else None, W.to(self._operator_dtype)
-            terms = kronecker_terms(self._map(piece.B), self._map(piece.A), w)
-            found.append([self._term(W, maps, w) for *maps, w in terms])
+            for one, own in stacked(self._map(piece.S), W, w) if piece.S else [(W, w)]:
+                terms = kronecker_terms(self._map(piece.B), self._map(piece.A), own)
+                found.append([self._term(one, maps, w) for *maps, w in terms])
         return found
 
     def _term(self, W, maps, w):
@@ -303,7 +304,7 @@ class LiGO(nn.Module):
         return self._assemble(row, grown)
 
     def _assemble(self, row, scaled):
-        """Large weights of one row as a stack, from what `kron_expand` gave for each term of each piece, and scales."""
+        """Large weights of one row as a stack, from what `kron_expand` gave for each term of a matrix, and scales."""
         parts = []
         for terms in scaled:
             total = None
@@ -317,6 +318,9 @@ class LiGO(nn.Module):
         if sum(part[0].numel() for part in parts) != math.prod(row.shape):
             made = " and ".join(str(list(part.shape[1:])) for part in parts)
             raise ValueError(f"maps: of {row.pattern} they make {made}, expected {row.shape} in all")
+        each = len(parts) // len(row.keys)
+        if each > 1:
+            parts = [torch.stack(parts[at : at + each], 1) for at in range(0, len(parts), each)]
         stack = assemble(parts, row.entries, self._big, row.shape)
         return stack - row.offset if row.offset else stack
 
@@ -385,7 +389,7 @@ class LiGO(nn.Module):
         """
         for row in self.rows:
             arguments = self._arguments(row)
-            targets = [matrices(parameters[name][None], row.entries, self._big) for name in row.names]
+            targets = [one_by_one(matrices(parameters[name][None], row.entries, self._big)) for name in row.names]
             start = parameters[row.names[0]].untyped_storage().data_ptr()
             scattered = any(out.untyped_storage().data_ptr() != start for out in targets[0])
             scales = [v for terms in arguments for _, vectors in terms for v in vectors.values() if v is not None]

@@ -54,12 +54,28 @@ def obstacles(growth: Growth, tolerance: float) -> list[str]:
                     f"{field}: rotary frequencies stay only in heads of a multiple of {small['head_dim']}: "
                     f"got {big['head_dim']}, nearest {nearest}"
                 )
+    if family.experts:
+        found += _expert_words(fields, small, big)
     if start.depth == "overlap" and big["layers"] > 2 * small["layers"]:
         raise ValueError(  # of any kind: there is no such growth
             f"big_config.{fields['layers']}: two overlapping copies of {small['layers']} layers make at most "
             f"{2 * small['layers']}: got {big['layers']}"
         )
     return found
+
+
+def _expert_words(fields, small, big):
+    """A router chooses among copies as it did among experts only if there are as many of all, and all are chosen."""
+    old, new = small["expert"], big["expert"]
+    if new % old:
+        nearest = max(1, round(new / old)) * old
+        return [f"{fields['expert']}: experts are copied all alike: got {new}, nearest {nearest}"]
+    if big["chosen"] * old != small["chosen"] * new:
+        return [
+            f"{fields['chosen']}: of {old} experts {small['chosen']} are chosen, so of {new // old} copies of each as "
+            f"many times more: got {big['chosen']}, nearest {small['chosen'] * new // old}"
+        ]
+    return []
 
 
 def _grouping_words(fields, small, big):

@@ -16,6 +16,8 @@ WORDS = {
     "kv_heads": "kv_heads",
     "head_dim": "head_dim",
     "intermediate_size": "ffn",
+    "experts": "expert",
+    "experts_per_token": "chosen",
     "vocab_size": "vocabulary",
     "positions": "positions",
 }
@@ -25,7 +27,8 @@ def wanted_fields(family: Family, config: Any, words: Mapping[str, int]) -> dict
     """Config field -> size, from word -> size.
 
     What is not asked for stays, but where the family has no field for head_dim, heads follow the hidden size so that
-    it stays; and the MLP keeps its ratio to the hidden size. ValueError for a size that the family does not have.
+    it stays; the MLP keeps its ratio to the hidden size, and chosen experts theirs to all. ValueError for a size that
+    the family does not have.
     """
     fields, small = family.fields(), family.sizes(config)
     asked = {}
@@ -41,8 +44,11 @@ def wanted_fields(family: Family, config: Any, words: Mapping[str, int]) -> dict
     if "heads" in asked and "kv_heads" in fields and "kv_heads" not in asked:
         group = small["heads"] // small["kv_heads"]
         asked["kv_heads"] = asked["heads"] // group if asked["heads"] % group == 0 else small["kv_heads"]
-    if "ffn" in fields and "ffn" not in asked and hidden != small["residual"]:
-        asked["ffn"] = _rounded(hidden * small["ffn"] / small["residual"], small["ffn"])
+    for space in ("ffn", "shared"):
+        if space in fields and space not in asked and hidden != small["residual"]:
+            asked[space] = _rounded(hidden * small[space] / small["residual"], small[space])
+    if "expert" in asked and "chosen" not in asked and asked["expert"] % small["expert"] == 0:
+        asked["chosen"] = small["chosen"] * asked["expert"] // small["expert"]
     return {fields[name].field: size for name, size in asked.items()}
 
 

@@ -151,6 +151,18 @@ class Terms(Map):
         return sum(term.matrix() for term in self.terms)
 
 
+def stacked(S: Map | None, W: torch.Tensor, w: torch.Tensor):
+    """(small matrices [L1, rows, columns], depth map) for each large one of a stack W [L1, stack, rows, columns] whose
+    axis has this map: a copy, or a mixture."""
+    if S is None or S.tensor() is None:
+        return [(one, w) for one in W.unbind(1)]
+    if S.kind == "copy":
+        scale = S.scale if isinstance(S.scale, torch.Tensor) else torch.full((len(S.index),), S.scale)
+        scale = scale.to(w).expand(w.shape[-2], -1).unsqueeze(-1)
+        return [(W[:, i], w * scale[:, e]) for e, i in enumerate(S.index.tolist())]
+    return [(one, w) for one in torch.einsum("fe,leij->lfij", S.matrix().to(W), W).unbind(1)]
+
+
 def kronecker_terms(B: Map | None, A: Map | None, w: torch.Tensor | None):
     """(B, A, w) of every term of a weight between these maps; one where none of them is a sum."""
     sides = [list(M.terms) if isinstance(M, Terms) else [M] for M in (B, A)]

@@ -72,11 +72,15 @@ class Growth(NamedTuple):
         """Whether the residual stream is widened by copies of itself."""
         return self.start.width in ("copies", "drawn_copies", "next") or bool(self.family.residual.post_norm)
 
+    @property
+    def more_experts(self) -> bool:
+        return "expert" in self.big and self.big["expert"] > self.small["expert"]
+
     def from_next(self, side: str) -> bool:
         """Whether new coordinates of this side are those of the next layer: bert2BERT's AKI, of what is written."""
         space, _, role = side.partition("_")
         grown = size_of(side, self.big) > size_of(side, self.small)
-        last = space == "head" or space in self.family.tables
+        last = space in ("head", "expert") or space in self.family.tables
         return self.start.width == "next" and role != "read" and not last and grown
 
     @property
@@ -136,7 +140,7 @@ def depth_map(growth: Growth, pattern: str, sides: Sequence[str | None], random:
     else:
         # Of units that are copies the map makes what is read add up to nothing.
         reads = {s for s in sides if s and s.endswith("_read")} - {"residual_read", "head_read"}
-        copies = reads and growth.start.copies
+        copies = reads and (growth.start.copies or ("expert_read" in reads and growth.more_experts))
         keep = first if skip and "residual_write" in sides and not copies else [True] * L2
     for t, s in enumerate(source):
         if keep[t]:

@@ -83,6 +83,8 @@ def _structured(growth, sides, layers, layered, random):
             maps |= _hidden(growth, space, layers if space in layered else (), space in layered, random)
     if "head_write" in sides:
         maps |= _normed_head(growth, stream, random)
+    if growth.family.experts:
+        maps |= _experts(growth, random)
     maps |= _attention(growth, layers, random)
     return {side: _from_next(made) if growth.from_next(side) else made for side, made in maps.items()}
 
@@ -244,6 +246,19 @@ def _hidden(growth, space, layers, layered, random):
         return {f"{space}_write": _top(C.clone()), f"{space}_read": read}
     zeros = torch.zeros(*layers, F2 - F1, F1, dtype=random.dtype)
     return {f"{space}_write": _top(random.normal(*layers, F2 - F1, F1)), f"{space}_read": _top(zeros)}
+
+
+def _experts(growth, random):
+    """Copies of experts and of their router's rows. Each gets 1/c of the weight that one of c copies had, if the router
+    chooses c times as many, so that what the copies make is made c times as large, in unequal parts."""
+    E1, E2 = growth.small["expert"], growth.big["expert"]
+    if E1 == E2:
+        return {"expert_write": Identity(E1), "expert_read": Identity(E1)}
+    index = _copied(growth, E1, E2, random)
+    count = torch.bincount(index)[index]
+    shares = _shares(index, E1, random if growth.start.width == "split" else None).to(random.dtype)
+    parts = count * torch.as_tensor(_layered_scale(growth, index, shares), dtype=random.dtype)
+    return {"expert_write": Copy(index, E1), "expert_read": Copy(index, E1, parts)}
 
 
 def _normed_head(growth, stream, random):

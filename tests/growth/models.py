@@ -45,6 +45,21 @@ def _opt(hidden, heads, layers, ffn, kv=None, **options):
 
 
 bert = functools.partial(_encoder, transformers.BertConfig)
+
+
+def _experts(config, hidden, heads, layers, ffn, kv=None, *, experts=4, chosen=2, **options):
+    units = {"intermediate_size": ffn, "num_local_experts": experts}
+    if config is not transformers.MixtralConfig:
+        units = {"moe_intermediate_size": ffn, "num_experts": experts, "intermediate_size": 9}
+    if config is transformers.Qwen2MoeConfig:
+        units["shared_expert_intermediate_size"] = ffn + 3
+    return config(
+        hidden_size=hidden, num_attention_heads=heads, num_hidden_layers=layers, num_key_value_heads=kv or heads,
+        max_position_embeddings=POSITIONS, num_experts_per_tok=chosen, experts_implementation="eager",
+        **units | {"head_dim": 8} | _TOKENS | options,
+    )  # fmt: skip
+
+
 CONFIGS = {
     "gpt2": gpt2,
     "bert": bert,
@@ -61,13 +76,17 @@ CONFIGS = {
     "gemma": functools.partial(_llama, transformers.GemmaConfig),
     "gemma2": functools.partial(_llama, transformers.Gemma2Config, query_pre_attn_scalar=8),
     "gemma3_text": functools.partial(_llama, transformers.Gemma3TextConfig, query_pre_attn_scalar=8),
+    "mixtral": functools.partial(_experts, transformers.MixtralConfig),
+    "qwen2_moe": functools.partial(_experts, transformers.Qwen2MoeConfig),
+    "qwen3_moe": functools.partial(_experts, transformers.Qwen3MoeConfig),
 }
 FIRST = {
     "gpt2": "GPT2LMHeadModel", "bert": "BertForMaskedLM", "roberta": "RobertaForMaskedLM",
     "vit": "ViTForImageClassification", "deit": "DeiTForImageClassification", "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM",
     "gpt_neox": "GPTNeoXForCausalLM", "opt": "OPTForCausalLM", "phi3": "Phi3ForCausalLM", "gemma": "GemmaForCausalLM",
-    "gemma2": "Gemma2ForCausalLM", "gemma3_text": "Gemma3ForCausalLM",
+    "gemma2": "Gemma2ForCausalLM", "gemma3_text": "Gemma3ForCausalLM", "mixtral": "MixtralForCausalLM",
+    "qwen2_moe": "Qwen2MoeForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM",
 }  # fmt: skip
 
 

@@ -7,6 +7,8 @@ consumes it), *gain* and *shift* (of norms). Spaces:
   head                what the output layer reads: the last norm's output, or a hidden space of its own
   embedded, branch    the stream's coordinates where it is written by embeddings that the model multiplies, and by a
                       branch that a norm scales before it is added
+  expert              experts of which a router chooses: "expert_write" of what makes their units, and of the router's
+                      rows, "expert_read" of what reads the units
   any other           hidden units (ffn, pooled, ...) or rows of a table (vocabulary, positions)
 """
 
@@ -70,6 +72,18 @@ class Attention:
 
 
 @dataclass(frozen=True)
+class Experts:
+    """count, chosen: config fields, of experts and of those that work on one token.
+
+    The router's softmax is over all of them, and its largest values weigh what they make, as they are or divided by
+    their sum: either way copies of all experts, as many times as many of them chosen, make together what one made.
+    """
+
+    count: Size
+    chosen: Size
+
+
+@dataclass(frozen=True)
 class Family:
     """What growth has to know of a model family.
 
@@ -87,11 +101,14 @@ class Family:
     tables: Mapping[str, Size]
     modules: Mapping[str, Mapping[str, tuple]] = field(repr=False)
     expects: Mapping[str, Any] = field(default_factory=dict)
+    experts: Experts | None = None
 
     def fields(self) -> dict[str, Size]:
         """Our name of every size that is a config field of its own."""
         attention = {name: getattr(self.attention, name) for name in ("heads", "kv_heads", "head_dim")}
-        named = {"layers": self.layers, "residual": self.residual.size, **attention, **self.hidden, **self.tables}
+        experts = {"expert": self.experts.count, "chosen": self.experts.chosen} if self.experts else {}
+        named = {"layers": self.layers, "residual": self.residual.size, **attention, **self.hidden, **experts}
+        named |= self.tables
         return {name: size for name, size in named.items() if size}
 
     def sizes(self, config: Any) -> dict[str, int]:
@@ -147,6 +164,16 @@ class Joined(NamedTuple):
         return turns, [size_of(side, sizes) // turns for side in self.sides]
 
 
+class Stacked(NamedTuple):
+    """An axis of whole matrices, grown one by one; the side's map copies or mixes them."""
+
+    side: str
+
+    @property
+    def sides(self) -> tuple[str, ...]:
+        return (self.side,)
+
+
 class Either(NamedTuple):
     """The first of these sides whose space the model writes."""
 
@@ -174,6 +201,14 @@ def linear(read, write):
     read: a tuple is the first of these spaces that the model writes. write: a tuple is joined block by block.
     """
     return {"weight": (_side(write, "write"), _side(read, "read")), "bias": (_side(write, "write"),)}
+
+
+def experts(read, write, role):
+    """Linear layers of all experts in one parameter, [experts, out, in].
+
+    role: "write" of layers that make the experts' units, "read" of those that read them.
+    """
+    return {"": (Stacked(f"expert_{role}"), _side(write, "write"), _side(read, "read"))}
 
 
 def conv1d(read, write):
@@ -213,7 +248,7 @@ def match(family: Family, names, prefix: str):
         side.partition("_")[0]
         for entries, _ in rows.values()
         for entry in entries
-        for side in (entry.sides if isinstance(entry, Joined) else [entry])
+        for side in (entry.sides if isinstance(entry, (Joined, Stacked)) else [entry])
         if isinstance(side, str) and side.endswith("_write")
     }
 
