@@ -3,7 +3,6 @@
 import copy
 import itertools
 import math
-import warnings
 import weakref
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
@@ -38,6 +37,7 @@ from growkit.growth.state import grow_optimizer
 from growkit.growth.target import grown_config
 from growkit.growth.widths import ties, width_maps
 from growkit.kron import plan
+from growkit.warn import warn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig  # the only use of transformers here, and no run needs it
@@ -138,7 +138,7 @@ class LiGO(nn.Module):
         if start == "closest" and self.reason:
             held = self._weights is None
             told = f"outputs change by {self.check():.2g} relative" if held else "check() measures by how much"
-            warnings.warn(f"not lossless: {self.reason}; {told}", stacklevel=2)
+            warn(f"not lossless: {self.reason}; {told}")
 
     def _begin(self, small_model, big_config, start, family, weights, noise):
         model = small_model if isinstance(small_model, nn.Module) else None
