@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -111,6 +112,8 @@ def test_families_of_the_growth_page_grow_by_the_names_it_gives():
     for types, sizes in rows:
         for model_type in re.findall(r"`(\w+)`", types):
             named[model_type] = set(re.findall(r"`(\w+)`", sizes))
-    assert named and named.keys() <= set(families)
+    assert named.keys() == set(families)
     for model_type, sizes in named.items():
         assert sizes <= {size.field for size in families[model_type].fields().values()}, model_type
+    starts = set(get_args(pytest.importorskip("growkit.growth.ligo").StartName))
+    assert starts <= set(re.findall(r'`"(\w+)"', (ROOT / "docs/growing.md").read_text()))
