@@ -1,5 +1,6 @@
 """What `fit` takes as a batch: tensors, pairs of a DataLoader, mappings; which labels it has, and masks of its own."""
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -17,11 +18,15 @@ def is_masked(model: nn.Module) -> bool:
     return type(model).__name__.endswith("ForMaskedLM")
 
 
+def is_masked_image(model: nn.Module) -> bool:
+    return type(model).__name__.endswith("ForMaskedImageModeling")
+
+
 def inputs_of(model: nn.Module, batch: Any, mask_token: int | None, mask_rate: float, seed: int) -> dict[str, Any]:
     """Keyword arguments of the model, on its device, with labels.
 
-    batch: a mapping, as it is; inputs alone, of a causal LM (labels = tokens) or of a masked LM, whose tokens are then
-        masked here; or (inputs, labels).
+    batch: a mapping, as it is; inputs alone, of a causal LM (labels = tokens), or of a masked LM or a model of masked
+        images, whose tokens or patches are then masked here; or (inputs, labels).
     """
     bare = not isinstance(batch, Mapping)
     if isinstance(batch, (list, tuple)) and 1 <= len(batch) <= 2 and all(isinstance(x, torch.Tensor) for x in batch):
@@ -46,6 +51,12 @@ def inputs_of(model: nn.Module, batch: Any, mask_token: int | None, mask_rate: f
             raise ValueError("batches: the labels of a masked LM are its unmasked inputs: it would learn to copy them")
     elif is_causal(model) and bare and labels is None:
         given["labels"] = tokens
+    elif is_masked_image(model) and "bool_masked_pos" not in given:
+        images = given["pixel_values"]
+        patches = math.prod(side // model.config.patch_size for side in images.shape[-2:])
+        generator = torch.Generator("cpu").manual_seed(seed)
+        chance = torch.rand(len(images), patches, generator=generator, device="cpu").to(images.device)
+        given = {"pixel_values": images, "bool_masked_pos": chance <= max(mask_rate, float(chance.min()))}
     return given
 
 
@@ -65,7 +76,9 @@ def _masked(tokens, attention, config, mask_token, rate, seed):
 
 
 def label_count(model: nn.Module, inputs: Mapping[str, Any]) -> int:
-    """How many labels the model's own loss is the mean of."""
+    """How many labels, or masked patches, the model's own loss is the mean of."""
+    if is_masked_image(model):
+        return int(inputs["bool_masked_pos"].sum())
     labels = inputs.get("labels")
     if not isinstance(labels, torch.Tensor):
         return max((len(x) for x in inputs.values() if isinstance(x, torch.Tensor) and x.ndim), default=1)

@@ -247,15 +247,16 @@ class Entry(NamedTuple):
 
 @contextlib.contextmanager
 def new_folder(path: Path, force: bool = False) -> Iterator[Path]:
-    """A folder to fill that takes the name `path` at the end, and is gone if anything, a signal too, comes between.
+    """A folder to fill that takes the name `path` at the end. If anything, SIGINT and SIGTERM too, comes between, it is
+    gone, and so are the folders above that were made for it.
 
     force: another folder of that name is replaced. FileExistsError where there is one without.
     """
     path = Path(path)
     if path.exists() and not force:
         raise FileExistsError(f"{path}: exists already, expected a new name, or --force to replace it")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
+    parents = [folder for folder in path.absolute().parents if not folder.exists()]  # the deepest first
+    part = None
 
     def stop(number, frame):
         raise SystemExit(128 + number)
@@ -263,6 +264,8 @@ def new_folder(path: Path, force: bool = False) -> Iterator[Path]:
     main = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     before = signal.signal(signal.SIGTERM, stop) if main else None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
         yield part
         part.chmod(0o777 & ~_umask())
         if path.exists():
@@ -273,7 +276,11 @@ def new_folder(path: Path, force: bool = False) -> Iterator[Path]:
         else:
             part.rename(path)
     finally:
-        shutil.rmtree(part, ignore_errors=True)
+        if part:
+            shutil.rmtree(part, ignore_errors=True)
+        with contextlib.suppress(OSError):  # they hold the new folder, or somebody else's
+            for folder in parents:
+                folder.rmdir()
         if main:
             signal.signal(signal.SIGTERM, before)
 

@@ -37,13 +37,14 @@ def fit(
     """Learn the operators on the large model's own loss; the small weights stay as they are. Returns the losses.
 
     batches: iterable of model inputs: mappings with labels, (inputs, labels) as a DataLoader gives them, or inputs
-        alone: of causal LMs (labels = tokens) and, with mask_token, of masked LMs. steps * accumulate are taken.
+        alone: of causal LMs (labels = tokens), of masked images and, with mask_token, of masked LMs. steps * accumulate
+        are taken.
     loss: loss(model, batch) -> scalar, or (scalar, number of labels it is the mean of); default the model's own. It is
         in train or eval mode as this module is.
     lr: peak; linear warm-up over `warmup` * steps, then linear decay. No weight decay, gradients clipped at norm 1.
     accumulate: micro-batches per step; each counts by its number of labels. One expansion per step however many.
     progress: called with (step, loss) after each step.
-    mask_token, mask_rate: id of the token that hides others, and the share of tokens that a masked LM predicts.
+    mask_token, mask_rate: id of the token that hides others, and the share of tokens, or patches, that are predicted.
     state: a dict that this fills after each step. Saved together with `state_dict()` and given again, with the same
         arguments and batches, it goes on where it stopped. state["plain_steps"] is what the steps so far have cost:
         their FLOPs over those of one step that trains the grown model on as many batches.

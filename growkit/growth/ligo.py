@@ -13,35 +13,30 @@ from torch import nn
 from growkit import ops
 from growkit.growth.build import Shard, build
 from growkit.growth.check import TOLERANCE, output_change
-from growkit.growth.families import FAMILIES
 from growkit.growth.families.table import Family
 from growkit.growth.fit import fit
 from growkit.growth.layout import assemble, matrices, one_by_one, pieces
-from growkit.growth.obstacles import obstacles
+from growkit.growth.outline import family_of, outline
 from growkit.growth.shards import Whole, unsharded_class, write
 from growkit.growth.source import (
     Row,
     check_names,
     class_of,
     grown_buffers,
-    is_tied,
-    layer_counts,
-    meta,
     saved_buffers,
     table_rows,
     unwrapped,
 )
 from growkit.growth.spaces import Map, kronecker_terms, stacked
-from growkit.growth.starts import STARTS, Growth, Random, depth_map, source_layers
+from growkit.growth.starts import STARTS, Random, depth_map
 from growkit.growth.state import grow_optimizer
-from growkit.growth.target import grown_config
 from growkit.growth.widths import ties, width_maps
 from growkit.kron import plan
+from growkit.optim.distributed import is_sharded
 from growkit.warn import warn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig  # the only use of transformers here, and no run needs it
-from growkit.optim.distributed import is_sharded
 
 StartName = Literal[
     "lossless",
@@ -145,27 +140,16 @@ class LiGO(nn.Module):
         self.small_config = copy.deepcopy(small_model if model is None else getattr(model, "config", None))
         if self.small_config is not None:
             vars(self.small_config).pop("quantization_config", None)  # its weights are floating point by now
-        model_type = getattr(self.small_config, "model_type", None)
-        family = family or FAMILIES.get(model_type)
-        if family is None:
-            raise ValueError(
-                f"small_model: got {type(small_model).__name__} of model_type {model_type!r}, expected a Hugging Face "
-                f"model of {', '.join(FAMILIES)}, or family= with a table of your own"
-            )
-        for name, value in family.expects.items():
-            if getattr(self.small_config, name, value) != value:
-                got = getattr(self.small_config, name)
-                raise ValueError(f"small_model: config.{name} is {got!r}, the family's table is for {value!r}")
+        family = family_of(self.small_config, family, small_model)
         if model is None and weights is None:
             raise ValueError("weights: got None with a config, expected a mapping of name to tensor")
         self._model_class = unsharded_class(model) if model is not None else class_of(self.small_config)
-        L1, L2 = layer_counts(family, self.small_config, big_config)
-        source = source_layers(start.depth, L1, L2)
-        self._small, self._big, self.config = grown_config(family, self.small_config, big_config, source)
-        self.config.architectures = [self._model_class.__name__]
-        skeletons = [meta(self._model_class, config) for config in (self.small_config, self.config)]
-        expected, grown = (dict(skeleton.named_parameters()) for skeleton in skeletons)
-        self._source, self._generation_config = source, copy.deepcopy(getattr(model, "generation_config", None))
+        growth, self.config, self._source, skeletons = found = outline(
+            family, self._model_class, self.small_config, big_config, start, noise
+        )
+        self._growth, self._small, self._big = growth, growth.small, growth.big
+        self._generation_config = copy.deepcopy(getattr(model, "generation_config", None))
+        expected = dict(skeletons[0].named_parameters())
         named = [] if model is None else model.named_parameters()
         self._parameters_of_small = {name: weakref.ref(p) for name, p in named}
         parameters = weights
@@ -182,14 +166,9 @@ class LiGO(nn.Module):
             raise ValueError(f"small_model: weights are {self._dtype}, expected floating point; dequantize it first")
 
         self.rows = table_rows(family, skeletons, self._small, self._big, self._model_class)
-        tied = is_tied(family, skeletons[0])
-        growth = Growth(family, self._small, self._big, start, self.small_config, tied, noise)
-        self._growth = growth
-        self._keep_buffers(model, weights, skeletons, source)
+        self._keep_buffers(model, weights, skeletons)
         random = Random(self.seed, torch.promote_types(self._dtype, torch.float32))
-        self.reason = "; ".join(obstacles(growth, TOLERANCE[random.dtype]))
-        if self.reason and start.lossless:
-            raise ValueError(f'big_config.{self.reason}; start="closest" comes near')
+        self.reason = found.reason(self._dtype)
         self._rms = family.residual.norm == "rms"
         self.depth, self._weights = nn.ParameterDict(), weights
         for row in self.rows:
@@ -205,19 +184,19 @@ class LiGO(nn.Module):
             side: row.layered for row in self.rows for piece in pieces(row.entries) for side in piece.sides if side
         }
         layered = {side.partition("_")[0] for side, inside in sides.items() if inside} - {"residual", "head", "expert"}
-        layers = {"model": (), "target": (L2,), "source": (L1,)}[self.sharing]
+        layers = {"model": (), "target": (self._big["layers"],), "source": (self._small["layers"],)}[self.sharing]
         self.ties = ties(growth, set(sides))
         maps = width_maps(growth, sides.keys() - self.ties.keys(), layers, layered, random)
         self.maps = nn.ModuleDict({side: maps[side] for side in sorted(maps)})
 
-    def _keep_buffers(self, model, weights, skeletons, source):
+    def _keep_buffers(self, model, weights, skeletons):
         if model is not None:
             small = saved_buffers(model)
         else:
             small = {name: weights[name] for name in saved_buffers(skeletons[0]) if name in weights}
         saved = saved_buffers(skeletons[1])
         self._buffers_of_small = {name: value.clone() for name, value in small.items()}
-        grown = grown_buffers(self._buffers_of_small, source)
+        grown = grown_buffers(self._buffers_of_small, self._source)
         self.kept_buffers = {n: v for n, v in grown.items() if n in saved and v.shape == saved[n].shape}
         lost = sorted(saved.keys() - self.kept_buffers.keys())
         if model is None and lost:  # with a model in memory, its constructor makes them

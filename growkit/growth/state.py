@@ -14,7 +14,7 @@ from growkit.growth.duals import duals
 from growkit.growth.layout import assemble, matrices, pieces
 from growkit.growth.source import unwrapped
 from growkit.optim import SophiaG, SophiaH
-from growkit.optim.distributed import is_sharded
+from growkit.optim.distributed import is_sharded, shard_of
 from growkit.optim.state import held
 
 _CLASSES = (torch.optim.Adam, torch.optim.AdamW, SophiaG, SophiaH)
@@ -46,12 +46,11 @@ def grow_optimizer(operator, optimizer: torch.optim.Optimizer, big_model: nn.Mod
     Groups keep their options and counts (`steps`, `refreshes`, `every`), each for the large parameters of its small
     ones. bf16 and 8-bit state is converted as `load_state_dict` does it; master copies are made anew of the large
     parameters. What belongs to a process is not carried over: attach the new optimizer, and make new LR schedulers.
-    TypeError for another class, ValueError where parameters are not the small or the large model's or state is
+    Of sharded state each tensor is gathered in turn, and each rank keeps its shard of the grown one.
+    TypeError for another class, ValueError where parameters are not the small or the large model's or 8-bit state is
     sharded; nothing has been made then.
     """
-    if type(optimizer) not in _CLASSES:
-        expected = ", ".join(kind.__name__ for kind in _CLASSES)
-        raise TypeError(f"optimizer: got {type(optimizer).__name__}, expected one of {expected}")
+    check_optimizer(optimizer)
     names = _small_names(operator, optimizer)
     parameters = _large_parameters(operator, big_model)
     sources = {
@@ -78,14 +77,21 @@ def grow_optimizer(operator, optimizer: torch.optim.Optimizer, big_model: nn.Mod
             row, t, small = sources[name]
             past = of_name[small]
             if past and layer == (operator._source[t] if row.layered else 0):
-                state[number] = _grown(operator, row, t, found, _floats(past))
+                whole = _grown(operator, row, t, found, _floats(past))
+                state[number] = {key: shard_of(x, parameters[name]) if x.ndim else x for key, x in whole.items()}
     grown.load_state_dict({"state": state, "param_groups": grown.state_dict()["param_groups"]})
     return grown
 
 
+def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
+    if type(optimizer) not in _CLASSES:
+        expected = ", ".join(kind.__name__ for kind in _CLASSES)
+        raise TypeError(f"optimizer: got {type(optimizer).__name__}, expected one of {expected}")
+
+
 def _small_names(operator, optimizer):
     """Parameter of the optimizer -> its name in the small model."""
-    if operator._weights is not None:
+    if not operator._parameters_of_small:
         raise ValueError(
             "optimizer: this operator was made of a config and weights, expected one made of the model that is trained"
         )
@@ -106,8 +112,8 @@ def _small_names(operator, optimizer):
                 )
             names[p] = name
             for key, value in optimizer.state.get(p, {}).items():
-                if torch.is_tensor(value) and is_sharded(value):
-                    raise ValueError(f"optimizer: {key} of {name} is sharded, expected whole tensors")
+                if key.endswith("_scale") and is_sharded(value):
+                    raise ValueError(f"optimizer: {key} of {name}, 8-bit state, is sharded, expected it whole")
     if len(set(names.values())) < len(names):
         raise ValueError("optimizer: has parameters of two models by the same names, expected one model's")
     return names
@@ -125,7 +131,8 @@ def _large_parameters(operator, big_model):
 
 def _floats(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Of a small parameter's state what is grown, 8-bit codes read."""
-    own, floats = held(state), {"step": state["step"]}
+    own = held({key: x.full_tensor() if is_sharded(x) else x for key, x in state.items()})
+    floats = {"step": state["step"]}
     for key in (*_MEANS, *_SQUARES):
         if key in own:
             scale = own.get(key + "_scale")

@@ -133,9 +133,9 @@ def in_a_fork(words, stdout, setup=lambda: None):
     ("module", "moment", "said"),
     [
         (recipe, "open_checkpoint", "interrupted: nothing had finished"),
-        (checkpoint, "_header", "interrupted: big was not written"),
-        (recipe, "compare", "interrupted: big was not written"),
-        (recipe, "_sync", "interrupted: big was not written"),
+        (checkpoint, "_header", "interrupted: runs/1/big was not written"),
+        (recipe, "compare", "interrupted: runs/1/big was not written"),
+        (recipe, "_sync", "interrupted: runs/1/big was not written"),
     ],
     ids=("opening", "writing", "comparing", "at the end"),
 )
@@ -150,7 +150,7 @@ def test_ctrl_c_leaves_nothing(module, moment, said, folder):
         setattr(module, moment, interrupted)
 
     with open(os.devnull, "w") as nowhere:
-        code, text = in_a_fork(["grow", "small", "big", *SIZES.split()], nowhere.fileno(), setup)
+        code, text = in_a_fork(["grow", "small", "runs/1/big", *SIZES.split()], nowhere.fileno(), setup)
     assert code == 130 and text.strip().endswith(said)
     assert names(folder) == ["small"]
 

@@ -265,6 +265,23 @@ def test_images_and_pairs_of_a_data_loader_are_batches():
         operator.fit(["text"], steps=1)
 
 
+def test_masked_images_count_by_their_patches():
+    """Two micro-batches of unequally many masked patches give the step of one batch that holds both."""
+    from growth.models import CONFIGS
+
+    config = CONFIGS["vit"](24, 3, 2, 50, encoder_stride=4)
+    sizes = {"num_hidden_layers": 3, "intermediate_size": 70}
+    together, apart, own = (LiGO(model(config, name="ViTForMaskedImageModeling"), sizes).eval() for _ in range(3))
+    images = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    both = {"pixel_values": images, "bool_masked_pos": torch.tensor([[1, 1, 1, 0], [0, 0, 1, 0]]).bool()}
+    parts = [{name: x[i : i + 1] for name, x in both.items()} for i in range(2)]
+    assert apart.fit(parts, steps=1, accumulate=2) == pytest.approx(together.fit([both], steps=1), rel=1e-5)
+    for a, b in zip(together.parameters(), apart.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-7)  # the model divides by patches + 1e-5
+    losses = own.fit([images] * 8, steps=8, lr=1e-2, mask_rate=0.6)  # bare images are masked here
+    assert losses[-1] < losses[0]
+
+
 @pytest.mark.parametrize(("optimizer", "accumulate"), [("adamw", 2), ("sophiag", 1)])
 def test_a_fit_tells_its_cost_in_plain_steps(optimizer, accumulate):
     """Against 6 FLOPs per weight of a product and token, and attention; the expansion's as counted."""
