@@ -22,6 +22,7 @@ from growkit.growth.checkpoint import (
     Checkpoint,
     CheckpointError,
     Entry,
+    load_whole,
     new_folder,
     open_checkpoint,
     write_tensors,
@@ -250,13 +251,7 @@ def compare(small: Checkpoint, folder: Path) -> float:
 
     CheckpointError where loading finds a weight missing, unexpected or of another shape.
     """
-    grown, info = small.model_class.from_pretrained(
-        folder, output_loading_info=True, local_files_only=True, dtype="auto"
-    )
-    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if info[problem]:
-            raise CheckpointError(f"{folder}: {problem}: {', '.join(map(str, sorted(info[problem])))}")
-    return output_change(small.model(), grown.eval())
+    return output_change(small.model(), load_whole(small.model_class, folder, dtype="auto").eval())
 
 
 def _card(plan, measured) -> ModelCard:

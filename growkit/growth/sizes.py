@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from growkit.growth.families.table import Family
+from growkit.growth.target import heads_that_follow
 
 # Word of the command line -> our name of the size.
 WORDS = {
@@ -26,9 +27,8 @@ WORDS = {
 def wanted_fields(family: Family, config: Any, words: Mapping[str, int]) -> dict[str, int]:
     """Config field -> size, from word -> size.
 
-    What is not asked for stays, but where the family has no field for head_dim, heads follow the hidden size so that
-    it stays; the MLP keeps its ratio to the hidden size, and chosen experts theirs to all. ValueError for a size that
-    the family does not have.
+    What is not asked for stays, but heads follow the hidden size as in `LiGO`, the MLP keeps its ratio to it, and chosen
+    experts theirs to all. ValueError for a size that the family does not have.
     """
     fields, small = family.fields(), family.sizes(config)
     asked = {}
@@ -39,8 +39,7 @@ def wanted_fields(family: Family, config: Any, words: Mapping[str, int]) -> dict
             raise ValueError(f"--{word.replace('_', '-')}: {config.model_type} has no such size, expected {has}")
         asked[name] = size
     hidden = asked.get("residual", small["residual"])
-    if "heads" not in asked and "head_dim" not in fields and hidden % small["head_dim"] == 0:
-        asked["heads"] = hidden // small["head_dim"]
+    asked |= heads_that_follow(family, small, hidden, asked)
     if "heads" in asked and "kv_heads" in fields and "kv_heads" not in asked:
         group = small["heads"] // small["kv_heads"]
         asked["kv_heads"] = asked["heads"] // group if asked["heads"] % group == 0 else small["kv_heads"]

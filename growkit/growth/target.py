@@ -1,7 +1,7 @@
 """From a small config and wanted sizes to the config of the grown model: all that is not a size stays as it is."""
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from growkit.growth.families.table import Family
@@ -44,9 +44,9 @@ def grown_config(
             if not isinstance(value, int) or isinstance(value, bool):
                 raise ValueError(f"big_config.{name}: got {value!r}, expected an integer")
             setattr(grown, name, value)
-        heads, width = family.attention.heads.field, family.residual.size.of(grown)
-        if "head_dim" not in fields and heads not in wanted and width % small["head_dim"] == 0:
-            setattr(grown, heads, width // small["head_dim"])  # heads keep their size unless asked
+        asked = [name for name, size in fields.items() if size.field in wanted]
+        for name, size in heads_that_follow(family, small, family.residual.size.of(grown), asked).items():
+            setattr(grown, fields[name].field, size)
     else:
         _check_type(config, wanted)
         for size in fields.values():
@@ -83,6 +83,18 @@ def grown_config(
         except Exception as error:  # of transformers or huggingface_hub, whose class is not a public name
             raise ValueError(f"big_config: {error.__cause__ or error}") from error
     return small, big, grown
+
+
+def heads_that_follow(family: Family, small: Mapping[str, int], width: int, asked: Collection[str]) -> dict[str, int]:
+    """Name of a size -> size: heads for a stream of this width, each as large as the small model's, and as many queries
+    to a key. Nothing where heads are asked for, do not make up the small stream, or would not make up this one.
+    """
+    if {"heads", "kv_heads", "head_dim"} & set(asked) or small["heads"] * small["head_dim"] != small["residual"]:
+        return {}
+    heads, group = width // small["head_dim"], small["heads"] // small["kv_heads"]
+    if width % small["head_dim"] or heads % group:
+        return {}
+    return {"heads": heads} | ({"kv_heads": heads // group} if "kv_heads" in family.fields() else {})
 
 
 def _check_type(config, wanted):

@@ -72,6 +72,21 @@ def test_a_dry_run_tells_what_it_takes_and_writes_nothing(folder, capsys):
     assert names(folder) == ["small"]
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--hidden-size 64", "residual 32 to 64, heads 4 to 8, kv_heads 2 to 4, ffn 48 to 96"),
+        ("--hidden-size 40", "residual 32 to 40, ffn 48 to 64"),  # five heads would not make two groups
+        ("--hidden-size 64 --heads 4", "residual 32 to 64, ffn 48 to 96"),
+        ("--hidden-size 64 --head-dim 8", "residual 32 to 64, ffn 48 to 96"),
+    ],
+)
+def test_heads_follow_the_hidden_size(words, said, folder, capsys):
+    model(CONFIGS["llama"](32, 4, 2, 48, 2)).save_pretrained("llama")
+    assert main(["grow", "llama", "big", *words.split(), "--dry-run"]) == 0
+    assert f": {said}\n" in capsys.readouterr().out
+
+
 def test_a_folder_that_exists_stays_without_force(folder, capsys):
     (folder / "big").mkdir()
     (folder / "big/thesis.txt").write_text("years of work")
