@@ -27,8 +27,8 @@ WORDS = {
 def wanted_fields(family: Family, config: Any, words: Mapping[str, int]) -> dict[str, int]:
     """Config field -> size, from word -> size.
 
-    What is not asked for stays, but heads follow the hidden size as in `LiGO`, the MLP keeps its ratio to it, and chosen
-    experts theirs to all. ValueError for a size that the family does not have.
+    What is not asked for stays, but heads follow the hidden size as in `LiGO`, the MLP keeps its ratio to it, and
+    chosen experts theirs to all. ValueError for a size that the family does not have.
     """
     fields, small = family.fields(), family.sizes(config)
     asked = {}
