@@ -119,6 +119,8 @@ def sizes(family, start):
     small = GROUPED if grouped else SMALL
     if start == "zero_blocks":
         return small, (*small[:3], 5, small[4])
+    if start == "staged":
+        return small, (48, 2 * small[1], 2 * small[2], 5, 2 * small[4])
     if grouped:
         return small, ((48, 12, 6, 5, 77) if copied else (40, 10, 5, 5, 77))
     return small, ((48, 6, 6, 5, 77) if copied else (40, 5, 5, 5, 77))

@@ -13,7 +13,7 @@ from growkit.cli.options import OUT_FOLDER, TEXT, AboveZero, keyboard_interrupts
 NEEDS = ("transformers", "safetensors")
 STARTS = (
     "lossless", "closest", "official", "stack", "interpolate", "overlap", "zero_blocks", "hypercloning", "lemon",
-    "zero_pad", "net2net", "fpi", "aki",
+    "zero_pad", "net2net", "fpi", "aki", "staged",
 )  # fmt: skip
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 

@@ -14,7 +14,7 @@ import torch
 
 from growkit.growth.families.table import size_of
 from growkit.growth.layout import pieces
-from growkit.growth.spaces import Noise, Terms
+from growkit.growth.spaces import Terms
 from growkit.growth.widths import rotary_dims
 
 
@@ -90,7 +90,9 @@ class _Maps:
         operator = self.operator
         large, small = (size_of(side, sizes) for sizes in (operator._big, operator._small))
         own = operator._map(side) if side in self.sides else None
-        terms = [term for term in own.terms if not isinstance(term, Noise)] if isinstance(own, Terms) else [own]
+        terms = [own]
+        if isinstance(own, Terms):
+            terms = own.quiet if own.alone is None else [own.alone]
         return sum(self._written_out(term, large, small) for term in terms)
 
     def _written_out(self, own, large, small):

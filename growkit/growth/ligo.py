@@ -52,6 +52,7 @@ StartName = Literal[
     "net2net",
     "fpi",
     "aki",
+    "staged",
 ]
 Sharing = Literal["model", "target", "source"]
 
@@ -82,6 +83,8 @@ class LiGO(nn.Module):
            "fpi"           bert2BERT: everything widened by copies of drawn coordinates. Lossless at whole multiples
            "aki"           bert2BERT: as "fpi", but what copies write is the next layer's, and layers are stacked. It
                            does not keep the function
+           "staged"        staged training: twice as wide in everything, as two copies that meet in the output layer.
+                           Lossless
     sharing: which maps of attention heads and MLP are shared: "model" (one for all layers, Algorithm 1; default),
         "target" (one per large layer, the authors' code; default of "official") or "source" (one per small layer,
         Eq. 8). The residual stream is one axis through all layers and always has one map a side.

@@ -21,7 +21,9 @@ def obstacles(growth: Growth, tolerance: float) -> list[str]:
         for field, (old, new) in widths.items():
             if field != fields["layers"] and new != old:
                 found.append(f"{field}: this start grows in depth only: got {new}, nearest {old}")
-    if growth.copied and big["residual"] % small["residual"]:
+    if start.width == "doubled":
+        found += _doubling_words(family, fields, small, big)
+    elif growth.copied and big["residual"] % small["residual"]:
         nearest = max(1, round(growth.ratio)) * small["residual"]
         why = "a post-LN model" if family.residual.post_norm else "growth by copies"
         found.append(
@@ -76,6 +78,19 @@ def _expert_words(fields, small, big):
             f"many times more: got {big['chosen']}, nearest {small['chosen'] * new // old}"
         ]
     return []
+
+
+def _doubling_words(family, fields, small, big):
+    """Two copies side by side have twice of everything but what is looked up, and heads of the same size."""
+    apart = {"layers", "head_dim", "expert", "chosen", *family.tables}
+    widths = {field: (small[name], big[name]) for name, field in fields.items() if name not in apart}
+    if all(old == new for old, new in widths.values()):
+        return []
+    return [
+        f"{field}: two copies side by side are twice as wide in everything: got {new}, nearest {2 * old}"
+        for field, (old, new) in widths.items()
+        if new != 2 * old
+    ]
 
 
 def _grouping_words(fields, small, big):

@@ -139,16 +139,32 @@ class Noise(Dense):
 class Terms(Map):
     """A sum of maps.
 
-    A weight beside such a side is a sum of Kronecker terms, W_new = sum_r B[r] W A[r]^T, which no single pair of maps
-    makes; a side that is no sum is in every term. Where a depth map is [R, L2, L1], each term mixes layers its own way.
+    A weight between two such sides is a sum of Kronecker terms, W_new = sum_r B[r] W A[r]^T, which no single pair of
+    maps makes; a side that is no sum is in every term. Where a depth map is [R, L2, L1], each term mixes layers its own
+    way. Noise is a term beside the whole of the other side.
+    alone: in place of the sum, where the other side is none.
     """
 
-    def __init__(self, *terms: Map):
+    def __init__(self, *terms: Map, alone: Map | None = None):
         super().__init__()
-        self.terms = nn.ModuleList(terms)
+        self.terms, self.alone = nn.ModuleList(terms), alone
+
+    @property
+    def quiet(self) -> list[Map]:
+        """The terms but for noise."""
+        return [term for term in self.terms if not isinstance(term, Noise)]
 
     def matrix(self):
         return sum(term.matrix() for term in self.terms)
+
+
+class _Whole(Map):
+    def __init__(self, terms):
+        super().__init__()
+        self.M = sum(term.matrix() for term in terms)
+
+    def tensor(self):
+        return self.M
 
 
 def stacked(S: Map | None, W: torch.Tensor, w: torch.Tensor):
@@ -163,15 +179,21 @@ def stacked(S: Map | None, W: torch.Tensor, w: torch.Tensor):
     return [(one, w) for one in torch.einsum("fe,leij->lfij", S.matrix().to(W), W).unbind(1)]
 
 
-def kronecker_terms(B: Map | None, A: Map | None, w: torch.Tensor | None):
+def kronecker_terms(B: Map | None, A: Map | None, w: torch.Tensor | None) -> list[tuple]:
     """(B, A, w) of every term of a weight between these maps; one where none of them is a sum."""
-    sides = [list(M.terms) if isinstance(M, Terms) else [M] for M in (B, A)]
-    sides.append(list(w) if w is not None and w.ndim == 3 else [w])
-    counts = {len(terms) for terms in sides} - {1}
+    sides = [M.quiet if isinstance(M, Terms) else [M] for M in (B, A)]
+    for side, other, M in ((0, 1, B), (1, 0, A)):
+        if isinstance(M, Terms) and M.alone is not None and len(sides[other]) == 1:
+            sides[side] = [M.alone]
+    layers = list(w) if w is not None and w.ndim == 3 else [w]
+    counts = {len(terms) for terms in (*sides, layers)} - {1}
     if len(counts) > 1:
         raise ValueError(f"maps: a weight is between sums of {' and '.join(map(str, sorted(counts)))} terms")
     count = max(counts, default=1)
-    return list(zip(*(terms * (count // len(terms)) for terms in sides), strict=True))
+    found = list(zip(*(terms * (count // len(terms)) for terms in (*sides, layers)), strict=True))
+    noise = [[N for N in M.terms if isinstance(N, Noise)] if isinstance(M, Terms) else [] for M in (B, A)]
+    whole = [terms[0] if len(terms) == 1 else _Whole(terms) for terms in sides]
+    return found + [(N, whole[1], w) for N in noise[0]] + [(whole[0], N, w) for N in noise[1]]
 
 
 class HeadTop(Map):

@@ -15,8 +15,8 @@ from growkit.growth.families.table import Family, size_of
 class Start(NamedTuple):
     """width: what new coordinates are: "new" (random where unread), "copies", "split" (copies read in random parts),
     "drawn" (copies of drawn units and heads, the stream as in new), "drawn_copies" (copies of drawn coordinates
-    everywhere), "next" (the same, of the next layer), "zeros" (as new, but the stream is padded with zeros whatever its
-    norm), "mixed" (random rows, tied), "none".
+    everywhere), "next" (the same, of the next layer), "doubled" (two copies that do not mix), "zeros" (as new, but the
+    stream is padded with zeros whatever its norm), "mixed" (random rows, tied), "none".
     depth: what new layers are: "skip" (copies that add nothing), "stack", "interpolate", "overlap", "noisy".
     lossless: whether a growth that cannot keep the function is refused.
     """
@@ -28,7 +28,12 @@ class Start(NamedTuple):
     @property
     def copies(self) -> bool:
         """Whether new heads and hidden units are copies, read in parts."""
-        return self.width in ("copies", "split", "drawn", "drawn_copies", "next")
+        return self.width in ("copies", "split", "drawn", "drawn_copies", "next", "doubled")
+
+    @property
+    def cancels(self) -> bool:
+        """Whether layers that add nothing read copies in parts that sum to zero; else what they write is zero."""
+        return self.copies and self.width != "doubled"
 
     @property
     def drawn(self) -> bool:
@@ -50,6 +55,7 @@ STARTS = {
     "net2net": Start("drawn", "skip", True),
     "fpi": Start("drawn_copies", "skip", True),
     "aki": Start("next", "stack"),
+    "staged": Start("doubled", "skip", True),
 }
 
 
@@ -70,7 +76,8 @@ class Growth(NamedTuple):
     @property
     def copied(self) -> bool:
         """Whether the residual stream is widened by copies of itself."""
-        return self.start.width in ("copies", "drawn_copies", "next") or bool(self.family.residual.post_norm)
+        copied = self.start.width in ("copies", "drawn_copies", "next", "doubled")
+        return copied or bool(self.family.residual.post_norm)
 
     @property
     def more_experts(self) -> bool:
@@ -140,7 +147,7 @@ def depth_map(growth: Growth, pattern: str, sides: Sequence[str | None], random:
     else:
         # Of units that are copies the map makes what is read add up to nothing.
         reads = {s for s in sides if s and s.endswith("_read")} - {"residual_read", "head_read"}
-        copies = reads and (growth.start.copies or ("expert_read" in reads and growth.more_experts))
+        copies = reads and (growth.start.cancels or ("expert_read" in reads and growth.more_experts))
         keep = first if skip and "residual_write" in sides and not copies else [True] * L2
     for t, s in enumerate(source):
         if keep[t]:

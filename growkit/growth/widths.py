@@ -42,8 +42,8 @@ def width_maps(
             copied = Copy(torch.arange(new) % old, old) if space == "positions" else Extension(old, new)
             maps[f"{space}_write"] = copied
     maps = {side: maps[side] for side in sides if side in maps}
-    terms = (term for made in maps.values() if isinstance(made, Terms) for term in made.terms)
-    if growth.noise and not any(isinstance(term, Noise) for term in terms):
+    sums = [made for made in maps.values() if isinstance(made, Terms)]
+    if growth.noise and all(len(made.quiet) == len(made.terms) for made in sums):
         raise ValueError(f"noise: got {growth.noise}, but this start has no copies that it could tell apart")
     return maps
 
@@ -86,7 +86,25 @@ def _structured(growth, sides, layers, layered, random):
     if growth.family.experts:
         maps |= _experts(growth, random)
     maps |= _attention(growth, layers, random)
+    if growth.start.width == "doubled" and growth.ratio == 2:
+        mixing = {*layered, "query", "key", "value", "residual", "branch"}
+        sides = {f"{space}_{role}" for space in mixing for role in ("write", "read")}
+        return {side: _doubled(growth, side, made) if side in sides else made for side, made in maps.items()}
     return {side: _from_next(made) if growth.from_next(side) else made for side, made in maps.items()}
+
+
+def _doubled(growth, side, copied):
+    """[I; 0] and [0; I] as two terms, so that a weight between doubled sides is [[W, 0], [0, W]].
+
+    Staged training (arXiv:2203.06211): two copies of the model that meet in the output layer alone, which reads them in
+    parts that sum to one. copied: the map of plain copies, for what reads or writes both halves together.
+    """
+    terms = [copied]
+    if isinstance(copied, Terms):
+        copied, *terms = copied.terms
+    eye = torch.eye(size_of(side, growth.small), dtype=copied.C.dtype)
+    halves = IdentityTop(torch.zeros_like(eye)), Dense(torch.cat([torch.zeros_like(eye), eye]))
+    return Terms(*halves, *(term for term in terms if isinstance(term, Noise)), alone=copied)
 
 
 def _from_next(made):
@@ -241,7 +259,7 @@ def _hidden(growth, space, layers, layered, random):
         index = _copied(growth, F1, F2, random)
         C = torch.eye(F1, dtype=random.dtype)[index[F1:]].expand(*layers, -1, -1)
         shares = _shares(index, F1, random if growth.start.width == "split" else None).to(random.dtype)
-        scale = _layered_scale(growth, index, shares) if layered else _scale(shares)
+        scale = _layered_scale(growth, index, shares) if layered and growth.start.cancels else _scale(shares)
         read = _told_apart(growth, _top(C.clone(), scale), index, F1, random)
         return {f"{space}_write": _top(C.clone()), f"{space}_read": read}
     zeros = torch.zeros(*layers, F2 - F1, F1, dtype=random.dtype)
@@ -321,7 +339,7 @@ def _attention(growth, layers, random):
         queries = [q if q >= 0 else keys[h // g2] * g1 + within[h % g2] for h, q in enumerate(queries)]
         index = torch.tensor(queries)
         shares = _shares(index, H1, random if growth.start.width == "split" else None).to(random.dtype)
-        read_scale = _layered_scale(growth, index, shares)
+        read_scale = _layered_scale(growth, index, shares) if growth.start.cancels else _scale(shares)
         if isinstance(read_scale, torch.Tensor):
             read_scale = read_scale.repeat_interleave(d2, -1)
     slots = _slots(growth, d1, d2)

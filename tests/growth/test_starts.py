@@ -61,6 +61,25 @@ def test_aki_writes_new_units_by_the_next_layer_and_reads_them_as_copies():
         assert grown.transformer.h[t].attn.c_attn.weight.equal(layers[own].attn.c_attn.weight)
 
 
+def test_staged_growth_puts_two_copies_side_by_side():
+    """[[W, 0], [0, W]] (staged training, arXiv:2203.06211): a sum of two Kronecker terms."""
+    small = model(gpt2(24, 3, 2, 50))
+    operator = LiGO(small, gpt2(48, 6, 3, 100), start="staged")
+    grown = operator.grow()
+    assert operator.exact and change(small, grown) < 1e-12
+    for t, old in enumerate(small.transformer.h):
+        layer = grown.transformer.h[2 * t]  # the second copy of the first layer adds nothing
+        for name in ("mlp.c_fc", "mlp.c_proj", "attn.c_proj"):
+            W, new = old.get_submodule(name), layer.get_submodule(name)
+            assert new.weight.equal(torch.block_diag(W.weight, W.weight)) and new.bias.equal(W.bias.repeat(2)), name
+        for W, new in zip(old.attn.c_attn.weight.chunk(3, 1), layer.attn.c_attn.weight.chunk(3, 1), strict=True):
+            assert new.equal(torch.block_diag(W, W))
+    for name, weight in operator.expand().items():
+        torch.testing.assert_close(weight, grown.get_parameter(name).detach(), rtol=1e-12, atol=1e-13)
+    with pytest.raises(ValueError, match="n_head: two copies .*: got 3, nearest 6; n_inner: .*: got 77, nearest 100"):
+        LiGO(small, gpt2(48, 3, 3, 77), start="staged")
+
+
 @pytest.mark.parametrize("sharing", ["model", "target", "source"])
 def test_a_sum_of_terms_is_the_same_at_once_and_layer_by_layer(sharing):
     small = model(CONFIGS["llama"](24, 6, 2, 50, 3))
@@ -93,6 +112,7 @@ def _parallel(model, module):
 NOISY = {
     "lemon": ("llama", (24, 6, 2, 50, 3), (40, 10, 4, 77, 5), ["mlp.up_proj", "self_attn.q_proj"]),
     "fpi": ("bert", (24, 3, 2, 50), (48, 6, 2, 77), ["intermediate.dense", "attention.self.value"]),
+    "staged": ("qwen2", (24, 6, 2, 50, 3), (48, 12, 4, 100, 6), []),
 }
 
 
@@ -102,7 +122,8 @@ def test_noise_keeps_the_output_and_sends_copies_apart_from_the_first_step(start
     small = model(CONFIGS[family](*small_size))
     big = CONFIGS[family](*big_size)
     plain, noisy = (LiGO(small, big, start=start, noise=noise, seed=1) for noise in (0.0, 0.3))
-    assert noisy.exact and change(small, noisy.grow()) < (1e-5 if family == "llama" else 1e-12)
+    assert noisy.exact and change(small, noisy.grow()) < (1e-12 if family == "bert" else 1e-5)
+    assert not all(p.equal(plain.grow().get_parameter(name)) for name, p in noisy.grow().named_parameters())
     for module in modules:
         assert _parallel(plain.grow(), module).min() > 1 - 1e-5
         assert _parallel(noisy.grow(), module).max() < 1 - 1e-3, module

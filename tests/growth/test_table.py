@@ -16,9 +16,9 @@ _spec.loader.exec_module(growth_table)
 CELLS = [
     ("gpt2", "stack"), ("gpt2", "lemon"), ("bert", "lossless"), ("vit", "overlap"), ("deit", "zero_blocks"),
     ("llama", "hypercloning"), ("qwen2", "zero_pad"), ("qwen3", "lossless"), ("roberta", "official"),
-    ("gemma2", "net2net"), ("bert", "fpi"), ("llama", "aki"),
+    ("gemma2", "net2net"), ("bert", "fpi"), ("llama", "aki"), ("qwen2_moe", "staged"),
 ]  # fmt: skip
-LOSSLESS = {"lossless", "lemon", "hypercloning", "zero_blocks", "zero_pad", "net2net", "fpi"}
+LOSSLESS = {"lossless", "lemon", "hypercloning", "zero_blocks", "zero_pad", "net2net", "fpi", "staged"}
 
 
 @pytest.mark.parametrize(("family", "start"), CELLS)
