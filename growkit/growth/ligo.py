@@ -18,15 +18,7 @@ from growkit.growth.fit import fit
 from growkit.growth.layout import assemble, matrices, one_by_one, pieces
 from growkit.growth.outline import family_of, outline
 from growkit.growth.shards import Whole, unsharded_class, write
-from growkit.growth.source import (
-    Row,
-    check_names,
-    class_of,
-    grown_buffers,
-    saved_buffers,
-    table_rows,
-    unwrapped,
-)
+from growkit.growth.source import Row, buffers, check_names, class_of, read_row, table_rows, unwrapped
 from growkit.growth.spaces import Map, kronecker_terms, stacked
 from growkit.growth.starts import STARTS, Random, depth_map
 from growkit.growth.state import grow_optimizer
@@ -169,7 +161,7 @@ class LiGO(nn.Module):
             raise ValueError(f"small_model: weights are {self._dtype}, expected floating point; dequantize it first")
 
         self.rows = table_rows(family, skeletons, self._small, self._big, self._model_class)
-        self._keep_buffers(model, weights, skeletons)
+        self._buffers_of_small, self.kept_buffers = buffers(model, weights, skeletons, self._source)
         random = Random(self.seed, torch.promote_types(self._dtype, torch.float32))
         self.reason = found.reason(self._dtype)
         self._rms = family.residual.norm == "rms"
@@ -192,38 +184,9 @@ class LiGO(nn.Module):
         maps = width_maps(growth, sides.keys() - self.ties.keys(), layers, layered, random)
         self.maps = nn.ModuleDict({side: maps[side] for side in sorted(maps)})
 
-    def _keep_buffers(self, model, weights, skeletons):
-        if model is not None:
-            small = saved_buffers(model)
-        else:
-            small = {name: weights[name] for name in saved_buffers(skeletons[0]) if name in weights}
-        saved = saved_buffers(skeletons[1])
-        self._buffers_of_small = {name: value.clone() for name, value in small.items()}
-        grown = grown_buffers(self._buffers_of_small, self._source)
-        self.kept_buffers = {n: v for n, v in grown.items() if n in saved and v.shape == saved[n].shape}
-        lost = sorted(saved.keys() - self.kept_buffers.keys())
-        if model is None and lost:  # with a model in memory, its constructor makes them
-            raise ValueError(
-                f"small_model: {self._model_class.__name__} saves buffers that are absent, or of another shape in the "
-                f"large model, and cannot be grown from weights alone: {', '.join(lost)}"
-            )
-
     def _load(self, row):
-        """The small weights of one row, checked: a stack [L1, rows, columns] per piece, maybe with a layer of ones."""
-        found = []
-        for name in row.small_names:
-            if name not in self._weights:
-                raise ValueError(f"weights: has no {name}")
-            tensor = self._weights[name].detach()
-            if list(tensor.shape) != row.small_shape or tensor.dtype != self._dtype:
-                raise ValueError(
-                    f"small_model: {name} is {tensor.dtype} {list(tensor.shape)}, expected {self._dtype} "
-                    f"{row.small_shape} as the others and the config"
-                )
-            if not tensor.isfinite().all():
-                raise ValueError(f"small_model: {name} has {int((~tensor.isfinite()).sum())} elements NaN or infinite")
-            found.append(tensor)
-        stack = torch.stack(found)
+        """The small weights of one row: a stack [L1, rows, columns] per piece, maybe with a layer of ones."""
+        stack = read_row(row, self._weights, self._dtype)
         stacks = []
         for key, W in zip(
             row.keys, matrices(stack + row.offset if row.offset else stack, row.entries, self._small), strict=True

@@ -139,6 +139,40 @@ def table_rows(family, skeletons, small, big, model_class):
     return found
 
 
+def read_row(row: Row, weights: Mapping[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    """The small weights of one row, as they are stored: a stack [L1, *small_shape], checked."""
+    found = []
+    for name in row.small_names:
+        if name not in weights:
+            raise ValueError(f"weights: has no {name}")
+        tensor = weights[name].detach()
+        if list(tensor.shape) != row.small_shape or tensor.dtype != dtype:
+            raise ValueError(
+                f"small_model: {name} is {tensor.dtype} {list(tensor.shape)}, expected {dtype} "
+                f"{row.small_shape} as the others and the config"
+            )
+        if not tensor.isfinite().all():
+            raise ValueError(f"small_model: {name} has {int((~tensor.isfinite()).sum())} elements NaN or infinite")
+        found.append(tensor)
+    return torch.stack(found)
+
+
+def buffers(model, weights, skeletons, source):
+    """Saved buffers by name: the small model's, and those of them that the large one takes over."""
+    saved = [saved_buffers(skeleton) for skeleton in skeletons]
+    found = saved_buffers(model) if model is not None else {name: weights[name] for name in saved[0] if name in weights}
+    small = {name: value.clone() for name, value in found.items()}
+    grown = grown_buffers(small, source)
+    kept = {name: v for name, v in grown.items() if name in saved[1] and v.shape == saved[1][name].shape}
+    lost = sorted(saved[1].keys() - kept.keys())
+    if model is None and lost:  # with a model in memory, its constructor makes them
+        raise ValueError(
+            f"small_model: {type(skeletons[0]).__name__} saves buffers that are absent, or of another shape in the "
+            f"large model, and cannot be grown from weights alone: {', '.join(lost)}"
+        )
+    return small, kept
+
+
 def saved_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
     """Buffers by name, of those that are saved: the others follow from the config."""
     saved = model.state_dict().keys()
