@@ -1,7 +1,27 @@
 """Why a growth cannot be lossless, known from sizes alone."""
 
-from growkit.growth.starts import Growth
+from collections.abc import Mapping
+from typing import Any
+
+from growkit.growth.families.table import Family
+from growkit.growth.starts import Growth, Start
 from growkit.growth.widths import groups_fit, rotary_dims
+
+
+def refuse(family: Family, small: Mapping[str, int], big: Mapping[str, int], start: Start, config: Any) -> None:
+    """ValueError, naming a field and the nearest size, for what there is no growth of any kind to."""
+    fields = {name: size.field for name, size in family.fields().items()}
+    if start.depth == "overlap" and big["layers"] > 2 * small["layers"]:
+        raise ValueError(
+            f"big_config.{fields['layers']}: two overlapping copies of {small['layers']} layers make at most "
+            f"{2 * small['layers']}: got {big['layers']}"
+        )
+    if big["head_dim"] != small["head_dim"] and "longrope" in _scalings(config):
+        field = fields.get("head_dim", fields["heads"])
+        raise ValueError(
+            f"big_config.{field}: rope_type 'longrope' has a factor for each frequency of a head: "
+            f"got {big['head_dim']}, nearest {small['head_dim']}"
+        )
 
 
 def obstacles(growth: Growth, tolerance: float) -> list[str]:
@@ -56,13 +76,9 @@ def obstacles(growth: Growth, tolerance: float) -> list[str]:
                     f"{field}: rotary frequencies stay only in heads of a multiple of {small['head_dim']}: "
                     f"got {big['head_dim']}, nearest {nearest}"
                 )
+            found += _frequency_words(field, got, config)
     if family.experts:
         found += _expert_words(fields, small, big)
-    if start.depth == "overlap" and big["layers"] > 2 * small["layers"]:
-        raise ValueError(  # of any kind: there is no such growth
-            f"big_config.{fields['layers']}: two overlapping copies of {small['layers']} layers make at most "
-            f"{2 * small['layers']}: got {big['layers']}"
-        )
     return found
 
 
@@ -91,6 +107,19 @@ def _doubling_words(family, fields, small, big):
         for field, (old, new) in widths.items()
         if new != 2 * old
     ]
+
+
+def _frequency_words(field, got, config):
+    """Frequencies theta^(-j / half) stay in larger heads, and so does what a scaling makes of each by itself."""
+    kinds = _scalings(config) - {"default", "linear", "llama3"}
+    return [f"{field}: rope_type {kind!r} scales frequencies by the size of a head: {got}" for kind in sorted(kinds)]
+
+
+def _scalings(config):
+    rope = getattr(config, "rope_parameters", None) or {}
+    return {each.get("rope_type", "default") for each in rope.values() if isinstance(each, dict)} or {
+        rope.get("rope_type", "default")
+    }
 
 
 def _grouping_words(fields, small, big):

@@ -90,6 +90,22 @@ def test_grouped_heads_of_any_number_and_any_width_keep_the_function(data):
         assert LiGO(small, big, start=start).check() < 1e-5
 
 
+LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16, "factor": 8.0}
+LARGER_HEADS = {
+    "llama": {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
+    "mistral": {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, **LLAMA3}},
+    "phi3": {}, "gemma2": {}, "gpt_neox": {"num_attention_heads": 3, "hidden_size": 48}, "mixtral": {},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", LARGER_HEADS)
+def test_frequencies_keep_their_pairs_in_larger_heads(family):
+    options = LARGER_HEADS[family]
+    sizes, options = (options, {}) if "hidden_size" in options else ({"head_dim": 16}, options)
+    operator = LiGO(model(CONFIGS[family](24, 3, 2, 50, **options)), sizes)
+    assert operator.check() < 1e-5 and operator._big["head_dim"] == 16
+
+
 def test_new_tokens_and_positions_leave_the_old_ones_alone():
     for family in ("gpt2", "bert", "llama"):
         config = CONFIGS[family](24, 3, 2, 50)

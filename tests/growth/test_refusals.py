@@ -116,7 +116,13 @@ def test_a_table_that_contradicts_the_shapes_is_refused():
         LiGO(model(LLAMA(24, 6, 2, 50, 3)), {"num_hidden_layers": 3}, family=family)
 
 
+ROPE = {"rope_theta": 1e4, "factor": 4.0}
+YARN = {"rope_parameters": {"rope_type": "yarn", "original_max_position_embeddings": 2048, **ROPE}}
 IMPOSSIBLE = {
+    "rotary frequencies": (
+        LLAMA(24, 3, 2, 50, **YARN), LLAMA(24, 3, 2, 50, head_dim=24, **YARN),
+        "head_dim: rope_type 'yarn' .* nearest 8",
+    ),
     "rotary heads": (LLAMA(24, 3, 2, 50), LLAMA(24, 3, 2, 50, head_dim=10), "head_dim: .* got 10, nearest 8"),
     "normed heads": (QWEN3(24, 3, 2, 50), QWEN3(24, 3, 2, 50, head_dim=16), "head_dim: .* nearest 8"),
     "groups": (LLAMA(36, 9, 2, 50, 3), LLAMA(40, 10, 2, 50, 5), "num_key_value_heads: .* got 5, nearest 10"),
@@ -134,6 +140,13 @@ def test_what_cannot_be_lossless_names_the_nearest_size_and_comes_near_if_asked(
     with pytest.warns(UserWarning, match=f"not lossless: {message}.*outputs change by"):
         operator = LiGO(model(small), big, start="closest")
     assert not operator.exact and 0 < operator.check() < 1
+
+
+def test_factors_of_frequencies_allow_no_other_heads():
+    factors = {"short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [1.0, 2.0, 3.0, 4.0]}
+    rope = {"rope_type": "longrope", "original_max_position_embeddings": 8, **factors, **ROPE}
+    with pytest.raises(ValueError, match="big_config.head_dim: rope_type 'longrope' .* got 16, nearest 8"):
+        LiGO(model(LLAMA(24, 3, 2, 50, rope_parameters=rope)), {"head_dim": 16}, start="closest")
 
 
 def test_each_kind_of_growth_refuses_what_it_cannot_keep():

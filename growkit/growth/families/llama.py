@@ -43,9 +43,7 @@ QWEN3 = replace(
 )
 PHI3 = replace(
     LLAMA,
-    attention=replace(
-        LLAMA.attention, head_dim=None, rotary=lambda config: config.rope_parameters["partial_rotary_factor"]
-    ),
+    attention=replace(LLAMA.attention, rotary=lambda config: config.rope_parameters["partial_rotary_factor"]),
     modules={
         **LLAMA.modules,
         "layers.*.self_attn.qkv_proj": linear("residual", ("query", "key", "value")),
