@@ -1,0 +1,96 @@
+"""Run a study, or what is left of it: python -m benchmarks.evidence STUDY ... [--out docs/results/data] [--scale 1]
+
+Several processes may work at one study. When all its runs are there, STUDY.json holds them.
+"""
+
+import argparse
+import importlib.metadata
+import os
+import platform
+import subprocess
+import time
+from pathlib import Path
+
+import torch
+
+from benchmarks.evidence import plan, runs
+from benchmarks.evidence.store import Store, key
+
+
+def wanted(study, store, scale=1.0):
+    """The configs that a study asks for, given what the store has, in order."""
+    asked = {}
+
+    def ask(config):
+        record = asked.setdefault(key(config), (config, store.get(config)))[1]
+        if record is None:
+            return None
+        return float("inf") if record["bits"] is None else record["bits"]
+
+    plan.STUDIES[study](ask, scale)
+    return list(asked.values())
+
+
+def run(config, store):
+    """Run `config`, after the stages before its last, and keep what a longer run may go on from."""
+    before = None
+    if len(config["stages"]) > 1:
+        first = config | {"stages": config["stages"][:-1]}
+        file = store.runs / f"{key(first)}.pt"
+        if not file.exists():
+            run(first, store)
+        before = torch.load(file, weights_only=False)
+    record, left = runs.TASKS[config["task"]](config, before)
+    if not config["stages"][-1]["decay"]:
+        partial = store.runs / f"{key(config)}.{os.getpid()}.partial"
+        torch.save(left, partial)
+        os.replace(partial, store.runs / f"{key(config)}.pt")
+    store.put(record)
+    return record
+
+
+def work(study, store, scale):
+    """Run what a study wants until nothing is left, other processes' runs included."""
+    while True:
+        missing = [config for config, record in wanted(study, store, scale) if record is None]
+        if not missing:
+            return
+        for config in missing:
+            with store.claim(config) as ours:
+                if ours:
+                    record, last = run(config, store), config["stages"][-1]
+                    print(study, key(config), config["seed"], last, record["bits"], f"{record['seconds']:.0f} s", flush=True)
+                    break
+        else:
+            time.sleep(2)
+
+
+def about():
+    """Where the records come from."""
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
+    cpus = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    return {
+        "commit": commit.stdout.strip(),
+        "python": platform.python_version(),
+        **versions,
+        "cpu": cpus[0].partition(": ")[2] if cpus else platform.processor(),
+        "date": time.strftime("%Y-%m-%d"),
+        "text": {"bytes": len(runs.text()), "sha256": runs.text_hash()},
+    }
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.evidence", description=__doc__.partition("\n")[0])
+    parser.add_argument("studies", nargs="+", choices=plan.STUDIES, metavar="STUDY", help=", ".join(plan.STUDIES))
+    parser.add_argument("--out", type=Path, default=Path("docs/results/data"))
+    parser.add_argument("--scale", type=float, default=1.0, help="of all numbers of steps")
+    options = parser.parse_args(arguments)
+    store = Store(options.out)
+    for study in options.studies:
+        work(study, store, options.scale)
+        store.pack(study, about(), [config for config, _ in wanted(study, store, options.scale)])
+
+
+if __name__ == "__main__":
+    main()

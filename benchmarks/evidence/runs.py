@@ -1,0 +1,161 @@
+"""One run: from a config, a dict, to a record of what came out, a dict too. The loop is the demo's.
+
+    {"seed": 0, "batch": 16, "context": 32, "stages": [STAGE, ...]}
+
+A stage trains one model: {"size": "2x64", "optimizer": "adamw", "lr": 4e-3, "beta1": 0.9, ...} with, for its end,
+"steps" (of this stage) or "flops" (of the whole run, everything counted), "warmup" in steps and "decay", the share at
+whose end the learning rate is 0 (0: constant). All but the first stage grow the model of the one before: "start" is a
+start of `growkit.LiGO`, "fit" its steps, "carry" whether the optimizer's state is grown too.
+"""
+
+import functools
+import hashlib
+import math
+import sysconfig
+import time
+from pathlib import Path
+
+import torch
+import transformers
+
+import growkit
+from benchmarks.evidence import optimizers
+from growkit.demo import runs as demo
+from growkit.demo.settings import Settings
+
+MARKED, VALIDATED = 256, 2048  # windows of held-out text that a point of a curve is measured on, and the end
+CHUNKS = 8  # points of a curve
+LEFT_OUT = {"test", "tests", "site-packages", "idlelib", "lib2to3", "ensurepip"}
+OPTIONS = ("lr", "beta1", "beta2", "rho", "weight_decay", "every", "other_lr", "eps")
+
+
+@functools.cache
+def text():
+    """The source of Python's library without its tests, files in the order of a hash of their names.
+
+    The last tenth, which validates, is so a sample of all of them.
+    """
+    library = Path(sysconfig.get_path("stdlib"))
+    files = {file.relative_to(library): file for file in library.rglob("*.py")}
+    names = [name for name in files if not LEFT_OUT & set(name.parts)]
+    names.sort(key=lambda name: hashlib.sha256(name.as_posix().encode()).digest())
+    return b"\n".join(files[name].read_bytes() for name in names)
+
+
+@functools.cache
+def corpus(context, batch):
+    """The demo's, and the windows that the end of a run is measured on: evenly spread over the held-out tenth."""
+    made = demo.Corpus(text(), Settings(context=context, batch=batch), "cpu")
+    held_out = made.validation
+    made.validation = held_out[:: len(held_out) // MARKED][:MARKED]
+    return made, held_out[:: len(held_out) // VALIDATED][:VALIDATED]
+
+
+def shape(size):
+    """GPT-2's fields of "LAYERSxWIDTH"; heads have 16 dimensions."""
+    layers, width = map(int, size.split("x"))
+    return {"n_layer": layers, "n_embd": width, "n_head": width // 16}
+
+
+class Run(demo.Run):
+    """The demo's, whose points tell how far from clipped a Sophia is."""
+
+    optimizer = None
+
+    def mark(self, model, phase):
+        super().mark(model, phase)
+        if hasattr(self.optimizer, "stats"):
+            self.points[-1]["unclipped"] = self.optimizer.stats().get("unclipped")
+
+
+def settings(config, stage):
+    decay = stage["decay"] or 1.0  # a constant stage ends long before its schedule does
+    return Settings(context=config["context"], batch=config["batch"], warmup=stage["warmup"], decay=decay)
+
+
+def lm(config, begun=None):
+    """(record, what a longer run with the same first stages goes on from).
+
+    begun: that of `config` without its last stage, or None if it has only one.
+    """
+    torch.set_num_threads(1)  # models this small lose time to threads that wait for each other
+    transformers.logging.set_verbosity_error()
+    data, validation = corpus(config["context"], config["batch"])
+    stage = config["stages"][-1]
+    run = Run(settings(config, stage), data, config["seed"], "cpu")
+    if begun is None:
+        model, grown_optimizer = run.new_model(shape(stage["size"])), None
+    else:
+        run.flops, run.seconds, run.steps = begun["flops"], begun["seconds"], begun["steps"]
+        model, grown_optimizer = _grow(run, begun, stage)
+    options = {name: stage[name] for name in OPTIONS if name in stage}
+    run.optimizer = optimizer = optimizers.make(model, stage["optimizer"], seed=config["seed"], **options)
+    if stage.get("carry"):
+        optimizer.load_state_dict(grown_optimizer | {"param_groups": optimizer.state_dict()["param_groups"]})
+    _train(run, model, optimizer, stage)
+    run.corpus = Validated(data, validation)
+    bits = demo.bits_per_byte(model, run.corpus)
+    record = {
+        "config": config,
+        "bits": bits if math.isfinite(bits) else None,
+        "flops": run.flops,
+        "steps": run.steps,
+        "seconds": run.seconds,
+        "points": [
+            [point[key] for key in ("flops", "steps", "bits_per_byte")] + [point.get("unclipped")]
+            for point in run.points
+        ],
+        **run.facts,
+    }
+    left = {"model": model, "optimizer": optimizer, "flops": run.flops, "seconds": run.seconds, "steps": run.steps}
+    return record, left
+
+
+class Validated:
+    """What `bits_per_byte` reads of a corpus."""
+
+    def __init__(self, data, validation):
+        self.batch, self.validation = data.batch, validation
+
+
+def _grow(run, begun, stage):
+    """The large model of `begun`'s, its map fitted, and the grown state of its optimizer or None."""
+    before, start = begun["model"], time.process_time()
+    operator = growkit.LiGO(
+        before, demo.config(shape(stage["size"]), run.settings.context), start=stage["start"], seed=run.seed
+    )
+    large, steps = operator.grow(), stage.get("fit", 0)
+    run.facts |= {"small_flops": run.flops, "small_bits": demo.bits_per_byte(before, run.corpus)}
+    run.facts["start_bits"] = demo.bits_per_byte(large, run.corpus)
+    if steps:
+        feed = (run.corpus.batch(run.seed, run.steps + i) for i in range(steps))
+        operator.fit(feed, steps=steps, lr=stage.get("fit_lr", 1e-3))
+        large = operator.grow()
+        run.facts["fit_flops"] = steps * (demo.step_flops(large, run.settings.batch) + sum(operator.flops_per_expansion))
+        run.facts["fit_bits"] = demo.bits_per_byte(large, run.corpus)
+        run.flops += run.facts["fit_flops"]
+        run.steps += steps
+    state = operator.grow_optimizer(begun["optimizer"], large).state_dict() if stage.get("carry") else None
+    run.seconds += time.process_time() - start
+    return large.train(), state
+
+
+def _train(run, model, optimizer, stage):
+    if "steps" in stage:
+        steps = stage["steps"]
+    else:
+        every = stage.get("every", 10) if stage["optimizer"] in optimizers.SOPHIAS else None
+        steps = demo.steps_for(stage["flops"] - run.flops, demo.step_flops(model, run.settings.batch), every)
+    if stage["decay"]:
+        run.train(model, optimizer, stage["size"], steps)
+        return
+    marks = sorted({round(steps * (i + 1) / CHUNKS) for i in range(CHUNKS)} - {0})
+    for first, last in zip([0, *marks], marks, strict=False):
+        run.train(model, optimizer, stage["size"], last, first=first, steps=10**9)
+
+
+def text_hash():
+    return hashlib.sha256(text()).hexdigest()
+
+
+TASKS = {"lm": lm}
