@@ -59,7 +59,15 @@ def work(study, store, scale):
             with store.claim(config) as ours:
                 if ours:
                     record, last = run(config, store), config["stages"][-1]
-                    print(study, key(config), config["seed"], last, record["bits"], f"{record['seconds']:.0f} s", flush=True)
+                    print(
+                        study,
+                        key(config),
+                        config["seed"],
+                        last,
+                        record["bits"],
+                        f"{record['seconds']:.0f} s",
+                        flush=True,
+                    )
                     break
         else:
             time.sleep(2)

@@ -10,6 +10,7 @@ start of `growkit.LiGO`, "fit" its steps, "carry" whether the optimizer's state 
 
 import functools
 import hashlib
+import importlib.util
 import math
 import sysconfig
 import time
@@ -25,6 +26,7 @@ from growkit.demo.settings import Settings
 
 MARKED, VALIDATED = 256, 2048  # windows of held-out text that a point of a curve is measured on, and the end
 CHUNKS = 8  # points of a curve
+EXAMPLES = Path(__file__).parents[2] / "examples"
 LEFT_OUT = {"test", "tests", "site-packages", "idlelib", "lib2to3", "ensurepip"}
 OPTIONS = ("lr", "beta1", "beta2", "rho", "weight_decay", "every", "other_lr", "eps")
 
@@ -131,7 +133,9 @@ def _grow(run, begun, stage):
         feed = (run.corpus.batch(run.seed, run.steps + i) for i in range(steps))
         operator.fit(feed, steps=steps, lr=stage.get("fit_lr", 1e-3))
         large = operator.grow()
-        run.facts["fit_flops"] = steps * (demo.step_flops(large, run.settings.batch) + sum(operator.flops_per_expansion))
+        run.facts["fit_flops"] = steps * (
+            demo.step_flops(large, run.settings.batch) + sum(operator.flops_per_expansion)
+        )
         run.facts["fit_bits"] = demo.bits_per_byte(large, run.corpus)
         run.flops += run.facts["fit_flops"]
         run.steps += steps
@@ -158,4 +162,41 @@ def text_hash():
     return hashlib.sha256(text()).hexdigest()
 
 
-TASKS = {"lm": lm}
+@functools.cache
+def digits():
+    """examples/grow_vit.py, which trains and grows a ViT on handwritten digits."""
+    spec = importlib.util.spec_from_file_location("grow_vit", EXAMPLES / "grow_vit.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def vit(config, begun=None):
+    """(record, None): one arm of the example, with the bits of the held-out labels in place of its error alone."""
+    torch.set_num_threads(1)
+    d, seed, stage = digits(), config["seed"], config["stages"][-1]
+    training, (images, labels) = d.data()
+    started, feed = time.process_time(), d.batches(*training, seed)
+    small_steps, large_steps, fit = (
+        max(2, round(n * config["scale"])) for n in (d.SMALL_STEPS, d.LARGE_STEPS, stage.get("fit", 0))
+    )
+    small = d.new_model(d.SMALL, seed)
+    cost, large_cost = (d.step_flops(each, feed) for each in (small, d.new_model(d.LARGE, seed)))
+    budget, spent = small_steps * cost + large_steps * large_cost, 0
+    model, each = (small, cost) if stage["arm"] == "never grown" else (d.new_model(d.LARGE, seed), large_cost)
+    if "start" in stage:
+        d.train(small, feed, small_steps, d.RATES["small"], decay=0.0)
+        operator, state = growkit.LiGO(small, d.LARGE, start=stage["start"], seed=seed).train(), {}
+        if stage.get("fit"):
+            operator.fit(d.batches(*training, seed + 200), fit, state=state)
+        model, spent = operator.grow(), small_steps * cost + state.get("plain_steps", 0) * large_cost
+    steps = max(1, round((budget - spent) / each))
+    d.train(model, d.batches(*training, seed + 100), steps, stage["lr"], decay=stage["decay"])
+    with torch.no_grad():
+        bits = float(model.eval()(pixel_values=images, labels=labels).loss) / math.log(2)
+    record = {"config": config, "bits": bits, "error": d.error(model, images, labels)}
+    cost = {"flops": spent + steps * each, "steps": steps, "seconds": time.process_time() - started, "points": []}
+    return record | cost, None
+
+
+TASKS = {"lm": lm, "vit": vit}

@@ -1,0 +1,393 @@
+"""Tables and figures of the records: python -m benchmarks.evidence.report [--out docs/results]
+
+A page says with <!-- table NAME --> and <!-- end --> where a table goes; what stands between is replaced.
+"""
+
+import argparse
+import json
+import math
+import re
+import statistics
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from benchmarks.evidence import plan
+from benchmarks.evidence.store import Store
+
+NAMES = {
+    "adamw": "AdamW",
+    "nadamw": "NAdamW",
+    "lion": "Lion",
+    "sign": "sign of the momentum",
+    "sophiag": "SophiaG",
+    "sophiah": "SophiaH",
+    "nesterov": "SophiaG, Nesterov momentum",
+    "mixed": "SophiaG, AdamW for embeddings, norms, biases",
+}
+SEEDS = (0, 1, 2)
+NONE = "not measured"
+
+
+class Results:
+    """What the tables ask: final losses by seed, and settings that won."""
+
+    def __init__(self, folder):
+        self.store, self.folder = Store(folder), folder
+
+    def ask(self, config):
+        record = self.store.get(config)
+        if record is None:
+            return None
+        return math.inf if record["bits"] is None else record["bits"]
+
+    def records(self, config):
+        """One a seed, or None while one is missing."""
+        found = [config and self.store.get(plan.seeded(config, seed)) for seed in SEEDS]
+        return None if None in found else found
+
+    def losses(self, config):
+        records = self.records(config)
+        return records and [record["bits"] for record in records]
+
+
+def cell(values, digits=3):
+    """Mean and range."""
+    if values is None:
+        return NONE
+    return f"{statistics.fmean(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+def table(header, rows):
+    yield "| " + " | ".join(header) + " |"
+    yield "|---" * len(header) + "|"
+    for row in rows:
+        yield "| " + " | ".join(map(str, row)) + " |"
+
+
+def setting(config, names=("lr", "beta1", "beta2", "rho", "other_lr", "weight_decay")):
+    stage = config["stages"][-1]
+    return ", ".join(f"{name} {stage[name]:.3g}" for name in names if name in stage)
+
+
+# --- optimizers -------------------------------------------------------------------------------------------------------
+
+
+def optimizer_rows(results):
+    times = results.folder / "times.json"
+    times = json.loads(times.read_text())["ratios"] if times.exists() else {}
+    for name, title in NAMES.items():
+        found = plan.tuned(results.ask, name)
+        if found is None:
+            yield title, *[NONE] * 6
+            continue
+        longer = plan.at_horizon(results.ask, name, plan.LONG)
+        unclipped = [record["points"][-1][3] for record in results.records(found.config)]
+        yield (
+            title,
+            setting(found.config),
+            cell(results.losses(found.config)),
+            gain(results, results.losses(found.config)),
+            cell(results.losses(longer)),
+            "-" if None in unclipped else f"{statistics.fmean(unclipped):.2f}",
+            f"{times[name]:.2f}" if name in times else NONE,
+        )
+
+
+def slope(results):
+    """Bits that AdamW gains by each doubling of its steps, from the short horizon to the long one."""
+    short = plan.tuned(results.ask, "adamw")
+    longer = plan.at_horizon(results.ask, "adamw", plan.LONG)
+    losses = results.losses(short and short.config), results.losses(longer)
+    if None in losses:
+        return None
+    return (statistics.fmean(losses[0]) - statistics.fmean(losses[1])) / math.log2(plan.LONG / plan.SHORT)
+
+
+def gain(results, losses):
+    """Steps of AdamW, over those of the short horizon, that would end at the same loss."""
+    adamw, by = results.losses(plan.tuned(results.ask, "adamw").config), slope(results)
+    if None in (adamw, losses, by):
+        return NONE
+    gaps = [a - b for a, b in zip(adamw, losses, strict=True)]
+    return cell([2 ** (gap / by) for gap in gaps], 2)
+
+
+def optimizer_table(results):
+    header = (
+        "optimizer",
+        "best of 6 trials",
+        f"bits/byte, {plan.SHORT} steps",
+        "AdamW's steps to the same loss, x",
+        f"bits/byte, {plan.LONG} steps",
+        "unclipped at the end",
+        "CPU time per step, AdamW 1",
+    )
+    return table(header, optimizer_rows(results))
+
+
+def trial_rows(results):
+    for name, title in NAMES.items():
+        found = plan.tuned(results.ask, name)
+        for bits, config in found.trials if found else ():
+            yield title, setting(config), f"{bits:.3f}"
+
+
+def detail_rows(results):
+    for name, changes in plan.DETAILS.items():
+        found = plan.tuned(results.ask, name)
+        if found is None:
+            continue
+        tuned = results.losses(found.config)
+        yield NAMES[name], "as tuned", cell(tuned), ""
+        for change, values in changes.items():
+            losses = results.losses(plan.changed(found.config, **values))
+            apart = losses and [b - a for a, b in zip(tuned, losses, strict=True)]
+            yield NAMES[name], change, cell(losses), NONE if apart is None else cell(apart)
+
+
+def size_rows(results):
+    for name in ("adamw", "nadamw", "sophiag", "nesterov"):
+        best = plan.at_size(results.ask, name)
+        yield NAMES[name], best and setting(best, ("lr",)) or NONE, cell(results.losses(best))
+
+
+# --- growth -----------------------------------------------------------------------------------------------------------
+
+
+def growth_arms(results):
+    """name -> config of the best setting, or None."""
+    ask = results.ask
+    lossless = plan.two_rates(ask, plan.grown("lossless"))
+    arms = {
+        f"{plan.LARGE} from scratch": plan.two_rates(ask, plan.direct(plan.LARGE)),
+        f"{plan.SMALL}, never grown": plan.two_rates(ask, plan.direct(plan.SMALL)),
+        f"{plan.BETWEEN} from scratch": plan.two_rates(ask, plan.direct(plan.BETWEEN)),
+        "lossless": lossless,
+    }
+    for steps in plan.fits():
+        arms[f"lossless, {steps} operator steps"] = lossless and plan.changed(lossless, fit=steps)
+    arms["lossless, optimizer state grown too"] = lossless and plan.changed(lossless, carry=True)
+    for start in plan.STARTS[1:]:
+        arms[start] = plan.two_rates(ask, plan.grown(start))
+    fitted = plan.grown("official", fit=plan.fits()[-1])
+    arms[f"official, {plan.fits()[-1]} operator steps"] = plan.two_rates(ask, fitted)
+    for start in ("lemon", "interpolate"):
+        arms[start] = plan.two_rates(ask, plan.grown(start))
+    arms[f"twice, by way of {plan.BETWEEN}"] = plan.two_rates(ask, plan.twice())
+    return arms
+
+
+def growth_rows(results):
+    for name, config in growth_arms(results).items():
+        records = results.records(config)
+        if records is None:
+            yield name, *[NONE] * 4
+            continue
+        right_after = [r.get("fit_bits", r.get("start_bits")) for r in records]
+        operator = statistics.fmean(r.get("fit_flops", 0) / r["flops"] for r in records)
+        yield (
+            name,
+            f"{config['stages'][-1]['lr']:.3g}",
+            "" if None in right_after else f"{statistics.fmean(right_after):.2f}",
+            f"{operator:.0%}" if operator else "",
+            cell([r["bits"] for r in records]),
+        )
+
+
+def size_curve_rows(results):
+    for size in plan.SIZES:
+        config = plan.two_rates(results.ask, plan.direct(size))
+        records = results.records(config)
+        if records is None:
+            yield size, *[NONE] * 4
+            continue
+        r = records[0]
+        lr = f"{config['stages'][-1]['lr']:.3g}"
+        yield size, f"{r['parameters']:,}", r["steps"], lr, cell([r["bits"] for r in records])
+
+
+def reaches(losses, shares, target):
+    """Share of the FLOPs at which a loss, falling in a line of log FLOPs between those measured, is at `target`.
+
+    The least share measured where it is below already; None where it is above at the end.
+    """
+    points = sorted(zip(shares, losses, strict=True))
+    if points[0][1] <= target:
+        return points[0][0]
+    for (a, high), (b, low) in zip(points, points[1:], strict=False):
+        if low <= target:
+            return a * (b / a) ** ((high - target) / (high - low))
+    return None
+
+
+def both_rows(results):
+    scratch = results.losses(plan.two_rates(results.ask, plan.direct(plan.LARGE)))
+    for name, config in plan.arms(results.ask).items():
+        shares = (*plan.SHARES, 1.0)
+        losses = [results.losses(config and plan.shorter(config, share)) for share in shares]
+        row = [cell(each) for each in losses]
+        if None in losses or scratch is None:
+            yield name, *row, NONE
+            continue
+        found = [reaches([each[seed] for each in losses], shares, target) for seed, target in enumerate(scratch)]
+        yield name, *row, "not at all" if None in found else cell([1 - each for each in found], 2)
+
+
+def when_rows(results):
+    best = plan.two_rates(results.ask, plan.grown("lossless"))
+    for steps in plan.GROWN_AT if best else ():
+        records = results.records(plan.grown_at(best, steps))
+        if records is None:
+            yield steps, *[NONE] * 3
+            continue
+        share = statistics.fmean(r["small_flops"] / plan.TOTAL for r in records)
+        yield steps, f"{share:.0%}", cell([r["small_bits"] for r in records]), cell([r["bits"] for r in records])
+
+
+def vit_rows(results):
+    for arm in plan.VIT_ARMS:
+        trials = [(results.ask(each), each) for each in (plan.vit_config(arm, lr) for lr in plan.VIT_RATES)]
+        best = None if None in [loss for loss, _ in trials] else plan.better(trials)
+        records = results.records(best)
+        if records is None:
+            yield arm, *[NONE] * 3
+            continue
+        cells = cell([r["bits"] for r in records]), cell([r["error"] for r in records], 1)
+        yield arm, f"{best['stages'][-1]['lr']:.3g}", *cells
+
+
+TABLES = {
+    "optimizers": optimizer_table,
+    "trials": lambda r: table(("optimizer", "setting", "bits/byte, seed 0"), trial_rows(r)),
+    "details": lambda r: table(("optimizer", "change", "bits/byte", "apart from as tuned"), detail_rows(r)),
+    "size": lambda r: table(("optimizer", "setting", "bits/byte"), size_rows(r)),
+    "growth": lambda r: table(("run", "lr", "right after growth", "operator's FLOPs", "bits/byte"), growth_rows(r)),
+    "sizes": lambda r: table(("layers x width", "parameters", "steps", "lr", "bits/byte"), size_curve_rows(r)),
+    "both": lambda r: table(
+        ("run", *(f"bits/byte at {s:.0%} of the FLOPs" for s in (*plan.SHARES, 1.0)), "FLOPs saved"), both_rows(r)
+    ),
+    "when": lambda r: table(("grown at step", "of all FLOPs", "small, when it is grown", "bits/byte"), when_rows(r)),
+    "vit": lambda r: table(("run", "lr", "bits/label", "error, %"), vit_rows(r)),
+}
+
+
+# --- figures ----------------------------------------------------------------------------------------------------------
+
+COLORS = {"direct": "#4c72b0", "grown": "#c44e52", "never": "#55a868", "middle": "#8c8c8c"}
+
+
+def axes(width=7.0, height=4.2):
+    drawn = Figure(figsize=(width, height), layout="constrained")
+    ax = drawn.subplots()
+    ax.grid(alpha=0.3)
+    ax.spines[["top", "right"]].set_visible(False)
+    return drawn, ax
+
+
+def optimizer_figure(results):
+    """Three seeds of each optimizer, at its best setting; the band is AdamW's range."""
+    drawn, ax = axes(8.0)
+    rows = [(name, plan.tuned(results.ask, name)) for name in NAMES]
+    rows = [(name, results.losses(found.config)) for name, found in rows if found]
+    rows.sort(key=lambda row: -statistics.fmean(row[1]))
+    for y, (name, losses) in enumerate(rows):
+        color = COLORS["grown"] if "Sophia" in NAMES[name] else COLORS["direct"]
+        ax.plot(losses, [y] * 3, "o", color=color, alpha=0.6)
+        ax.plot([statistics.fmean(losses)] * 2, [y - 0.3, y + 0.3], color=color, linewidth=2.2)
+        if name == "adamw":
+            ax.axvspan(min(losses), max(losses), color=COLORS["direct"], alpha=0.15, linewidth=0)
+    ax.set_yticks(range(len(rows)), [NAMES[name] for name, _ in rows])
+    ax.set_xlabel(f"bits per byte of held-out text after {plan.SHORT} steps, each tuned in 6 trials; 3 seeds and mean")
+    return drawn
+
+
+def growth_figure(results):
+    """What each size reaches for the same FLOPs, trained directly, and what growing reaches."""
+    drawn, ax = axes()
+    found = [results.records(plan.two_rates(results.ask, plan.direct(size))) for size in plan.SIZES]
+    found = [records for records in found if records]
+    x = [records[0]["parameters"] for records in found]
+    losses = [[record["bits"] for record in records] for records in found]
+    ax.plot(x, [statistics.fmean(each) for each in losses], "o-", color=COLORS["direct"])
+    ax.fill_between(x, [min(e) for e in losses], [max(e) for e in losses], color=COLORS["direct"], alpha=0.2)
+    ax.annotate(
+        "one size for all FLOPs",
+        (x[-1], statistics.fmean(losses[-1])),
+        color=COLORS["direct"],
+        xytext=(-4, 8),
+        textcoords="offset points",
+        ha="right",
+    )
+    config = plan.two_rates(results.ask, plan.grown("lossless"))
+    if records := results.records(config):
+        grown = [record["bits"] for record in records]
+        ax.axhspan(min(grown), max(grown), color=COLORS["grown"], alpha=0.2, linewidth=0)
+        ax.axhline(statistics.fmean(grown), color=COLORS["grown"])
+        words = f"{plan.SMALL} grown into {plan.LARGE}"
+        ax.annotate(
+            words, (x[0], statistics.fmean(grown)), xytext=(0, 4), textcoords="offset points", color=COLORS["grown"]
+        )
+    ax.set_xscale("log")
+    ax.set_xticks(x, [f"{size}\n{count:,}" for size, count in zip(plan.SIZES, x, strict=False)])
+    ax.minorticks_off()
+    ax.set_xlabel(f"layers x width, parameters; every run costs {plan.TOTAL:.0e} FLOPs".replace("e+", "e"))
+    ax.set_ylabel("bits per byte of held-out text")
+    return drawn
+
+
+def curve_figure(results):
+    """Loss on the way, on a part of the held-out text, against all FLOPs spent."""
+    drawn, ax = axes()
+    arms = growth_arms(results)
+    for name, color in zip(list(arms)[:4], ("direct", "never", "middle", "grown"), strict=True):
+        records = results.records(arms[name])
+        if records is None:
+            continue
+        if name == "lossless":
+            first = results.records({**arms[name], "stages": arms[name]["stages"][:1]})
+            if first:
+                band(ax, first, COLORS[color], ":")
+            name = "grown, lossless"
+        band(ax, records, COLORS[color], "-", name)
+    ax.set_ylim(top=4.5)
+    ax.set_xlabel("training FLOPs, the small model's included (dotted)")
+    ax.set_ylabel("bits per byte of held-out text")
+    ax.legend(frameon=False)
+    return drawn
+
+
+def band(ax, records, color, style, name=None):
+    x = [point[0] for point in records[0]["points"]]
+    heights = [[record["points"][i][2] for record in records] for i in range(len(x))]
+    ax.plot(x, [statistics.fmean(each) for each in heights], style, color=color, label=name)
+    ax.fill_between(x, [min(e) for e in heights], [max(e) for e in heights], color=color, alpha=0.2, linewidth=0)
+
+
+FIGURES = {"optimizers": optimizer_figure, "sizes": growth_figure, "curves": curve_figure}
+
+
+def filled(page, results):
+    """The text of a page with its tables as the records have them."""
+
+    def made(match):
+        return "\n".join([match[1], "", *TABLES[match[2]](results), "", "<!-- end -->"])
+
+    return re.sub(r"(<!-- table (\w+) -->).*?<!-- end -->", made, page, flags=re.DOTALL)
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.evidence.report", description=__doc__.partition("\n")[0]
+    )
+    parser.add_argument("--out", type=Path, default=Path("docs/results"))
+    out = parser.parse_args(arguments).out
+    results = Results(out / "data")
+    for page in out.glob("*.md"):
+        page.write_text(filled(page.read_text(), results))
+    for name, figure in FIGURES.items():
+        figure(results).savefig(out / f"{name}.png", dpi=110)
+
+
+if __name__ == "__main__":
+    main()
