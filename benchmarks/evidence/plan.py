@@ -93,11 +93,11 @@ SIZE, SHORT, LONG = "2x64", 600, 2400
 OPTIMIZERS = {
     "adamw": ({"lr": 4e-3, "beta2": 0.95}, {"beta1": (0.8,), "beta2": (0.99,)}),
     "nadamw": ({"lr": 4e-3, "beta2": 0.95}, {"beta1": (0.8,), "beta2": (0.99,)}),
-    "lion": ({"lr": 5e-4, "beta2": 0.95}, {"beta1": (0.8,), "beta2": (0.9,)}),
     "sign": ({"lr": 5e-4, "beta1": 0.8}, {"beta1": (0.9,), "weight_decay": (0.4,)}),
     "sophiag": ({"lr": 5e-4, "beta1": 0.8, "rho": 0.05}, {"beta1": (0.9,), "rho": (0.2,)}),
     "sophiah": ({"lr": 5e-4, "beta1": 0.8, "rho": 0.01}, {"beta1": (0.9,), "rho": (0.04,)}),
     "nesterov": ({"lr": 5e-4, "beta1": 0.9, "rho": 0.05}, {"beta1": (0.8,), "rho": (0.2,)}),
+    "lion": ({"lr": 5e-4, "beta1": 0.8, "beta2": 0.9}, {"beta1": (0.65,), "beta2": (0.8,)}),
     "mixed": (
         {"lr": 5e-4, "beta1": 0.8, "rho": 0.05, "other_lr": 4e-3},
         {"beta1": (0.9,), "other_lr": (2e-3,)},

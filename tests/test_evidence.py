@@ -1,0 +1,222 @@
+"""The commands of docs/results, small: runs and their store, every study, the report; and what the pages show."""
+
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+import growkit
+
+ROOT = Path(__file__).parents[1]
+pytest.importorskip("transformers")
+pytest.importorskip("matplotlib")
+pytest.importorskip("sklearn")
+
+
+@pytest.fixture(autouse=True)
+def _importable(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+
+
+def small_problem(seed=0):
+    torch.manual_seed(seed)
+    p = torch.nn.Parameter(torch.randn(6, 4))
+    return p, [torch.randn(6, 4) for _ in range(4)]
+
+
+def steps(optimizer, p, gradients):
+    for g in gradients:
+        p.grad = g.clone()
+        optimizer.step()
+    return p.detach()
+
+
+def test_lion_is_its_equation_and_with_equal_betas_sophia_without_curvature():
+    from benchmarks.evidence.optimizers import Lion
+
+    p, gradients = small_problem()
+    expected, m = p.detach().double(), torch.zeros(6, 4).double()
+    for g in gradients:
+        expected = expected * (1 - 1e-2 * 0.1) - 1e-2 * (0.9 * m + 0.1 * g.double()).sign()
+        m = 0.8 * m + 0.2 * g.double()
+    torch.testing.assert_close(steps(Lion([p], 1e-2, (0.9, 0.8), 0.1), p, gradients).double(), expected)
+    (p, _), (q, _) = small_problem(), small_problem()
+    sign = steps(Lion([p], 1e-2, (0.8, 0.8), 0.1), p, gradients)
+    sophia = steps(growkit.SophiaG([q], lr=1e-2, betas=(0.8, 0.99), rho=0.0, weight_decay=0.1), q, gradients)
+    torch.testing.assert_close(sign, sophia)
+
+
+def test_nesterov_is_its_equation():
+    from benchmarks.evidence.optimizers import NesterovSophiaG
+
+    p, gradients = small_problem()
+    expected, m, h = p.detach().double(), torch.zeros(6, 4).double(), torch.full((6, 4), 2.0).double()
+    optimizer = NesterovSophiaG([p], lr=1e-2, betas=(0.9, 0.99), rho=0.5, weight_decay=0.0, bs=1)
+    optimizer.state[p] = {"step": torch.tensor(0.0), "exp_avg": torch.zeros(6, 4), "hessian": torch.full((6, 4), 2.0)}
+    for g in gradients:
+        m = 0.9 * m + 0.1 * g.double()
+        expected = expected - 1e-2 * ((0.9 * m + 0.1 * g.double()) / (0.5 * h)).clamp(-1, 1)
+    torch.testing.assert_close(steps(optimizer, p, gradients).double(), expected)
+
+
+def test_a_corrected_h_is_divided_by_its_weight():
+    from benchmarks.evidence.optimizers import CorrectedSophiaG
+
+    p, gradients = small_problem()
+    optimizer = CorrectedSophiaG([p], lr=1e-2, rho=0.5)
+    steps(optimizer, p, gradients[:1])
+    optimizer.update_hessian()
+    optimizer.update_hessian()
+    steps(optimizer, p, gradients[1:2])
+    assert optimizer.param_groups[0]["rho"] == pytest.approx(0.5 / (1 - 0.99**2))
+
+
+def answers(study, known, scale=1.0):
+    """The configs that a study asks for, were known(config) the answer."""
+    from benchmarks.evidence import plan
+    from benchmarks.evidence.store import key
+
+    asked = {}
+
+    def ask(config):
+        asked[key(config)] = config
+        return known(config)
+
+    plan.STUDIES[study](ask, scale)
+    return list(asked.values())
+
+
+def by_rate(config):
+    """A loss that is least at one learning rate, so that every search ends, and less after more steps."""
+    stage = config["stages"][-1]
+    return abs(stage["lr"] - 1e-3) + 0.01 * config["seed"] + 2.0 + 600 / stage.get("steps", 600)
+
+
+def test_every_optimizer_has_as_many_trials_and_its_best_runs_on_three_seeds():
+    configs = answers("optimizers", by_rate)
+    trials = Counter((config["stages"][-1]["optimizer"], config["seed"] == 0) for config in configs)
+    assert set(trials.values()) == {6, 2}
+
+
+def test_a_search_goes_on_at_the_better_end():
+    from benchmarks.evidence import plan
+
+    found = plan.search(lambda config: config["stages"][-1]["lr"], plan.optimizer_config("adamw"))
+    assert found.config["stages"][-1]["lr"] == pytest.approx(4e-3 / 4)
+    assert plan.search(lambda config: None, plan.optimizer_config("adamw")) is None
+
+
+STUDIES = "optimizers growth both horizons when details more_growth size vit".split()
+
+
+@pytest.mark.parametrize("study", STUDIES)
+def test_each_kind_of_run_of_each_study(study, tmp_path, monkeypatch):
+    """At a thousandth of its size: it trains, counts what it spends, and is there for the next that asks."""
+    from benchmarks.evidence import __main__ as command
+    from benchmarks.evidence import plan, runs
+    from benchmarks.evidence.store import Store
+
+    assert set(STUDIES) == set(plan.STUDIES)
+    monkeypatch.setattr(runs, "MARKED", 4)
+    monkeypatch.setattr(runs, "VALIDATED", 8)
+    runs.corpus.cache_clear()
+    kinds = {}
+    for config in answers(study, by_rate, 1e-3):
+        stage = config["stages"][-1]
+        kinds[tuple(stage.get(name) for name in ("optimizer", "start", "fit", "carry", "arm"))] = config
+    store = Store(tmp_path)
+    done_before = DONE.copy()
+    for kind, config in kinds.items():
+        if kind in done_before:  # by another study
+            continue
+        DONE.add(kind)
+        record = command.run(config, store)
+        assert 0 < record["bits"] < 12 and record["steps"] >= 1
+        assert store.get(config) == record == json.loads(json.dumps(record))
+        if config["task"] == "lm" and "flops" in config["stages"][-1] and record["steps"] > 8:
+            assert record["flops"] <= 1.1 * config["stages"][-1]["flops"]
+    runs.corpus.cache_clear()
+
+
+DONE = set()
+
+
+def filled_store(folder):
+    """Every study packed, with losses that nothing was trained for."""
+    from benchmarks.evidence import plan
+    from benchmarks.evidence.store import Store
+
+    store = Store(folder)
+    for study in plan.STUDIES:
+        configs = answers(study, by_rate)
+        for config in configs:
+            point = [3e11, 10, by_rate(config), 0.2]
+            facts = {"parameters": 1000, "small_flops": 1e10, "small_bits": 3.0, "start_bits": 3.0, "error": 9.0}
+            record = {"config": config, "bits": by_rate(config), "flops": 3e11, "steps": 10, "points": [point]}
+            store.put(record | facts)
+        store.pack(study, {}, configs)
+    return store
+
+
+def test_a_packed_study_is_read_back_and_reported(tmp_path):
+    """Every table and figure, of packed files alone."""
+    from benchmarks.evidence import __main__ as command
+    from benchmarks.evidence import plan, report
+
+    folder = tmp_path / "data"
+    filled_store(folder)
+    shutil.rmtree(folder / "runs")
+    for study in plan.STUDIES:
+        assert all(record is not None for _, record in command.wanted(study, report.Results(folder).store))
+    page = "".join(f"<!-- table {name} -->\nold\n<!-- end -->\n" for name in report.TABLES)
+    (tmp_path / "page.md").write_text(page)
+    report.main(["--out", str(tmp_path)])
+    text = (tmp_path / "page.md").read_text()
+    assert "\nold\n" not in text and "3.010 (3.000 to 3.020)" in text
+    tables = text.split("<!-- end -->")[:-1]
+    assert len(tables) == len(report.TABLES)
+    for table in tables:
+        head, *rows = [line for line in table.splitlines() if line.startswith("|")]
+        assert len(rows) > 2 and {row.count("|") for row in rows} == {head.count("|")}
+    assert {file.stem for file in tmp_path.glob("*.png")} == set(report.FIGURES)
+
+
+def test_where_nothing_was_run_the_tables_say_so(tmp_path):
+    from benchmarks.evidence import report
+
+    results = report.Results(tmp_path)
+    for name in ("optimizers", "growth", "sizes", "both", "vit"):
+        assert report.NONE in "".join(report.TABLES[name](results))
+
+
+def test_two_processes_do_not_run_the_same(tmp_path):
+    from benchmarks.evidence import plan
+    from benchmarks.evidence.store import Store
+
+    config = plan.optimizer_config("adamw")
+    with Store(tmp_path).claim(config) as first, Store(tmp_path).claim(config) as second:
+        assert first and not second
+    with Store(tmp_path).claim(config) as again:
+        assert again
+    Store(tmp_path).put({"config": config, "bits": 1.0})
+    with Store(tmp_path).claim(config) as done:
+        assert not done
+
+
+def test_a_run_that_diverged_loses(tmp_path):
+    from benchmarks.evidence import plan, report
+
+    results, config = report.Results(tmp_path), plan.optimizer_config("adamw")
+    results.store.put({"config": config, "bits": None})
+    assert results.ask(config) == float("inf")
+
+
+def test_the_pages_show_what_the_records_say():
+    from benchmarks.evidence import report
+
+    results = report.Results(ROOT / "docs/results/data")
+    for page in (ROOT / "docs/results").glob("*.md"):
+        assert report.filled(page.read_text(), results) == page.read_text(), f"{page.name}: run the report again"
