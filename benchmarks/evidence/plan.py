@@ -67,18 +67,6 @@ def search(ask: Ask, base: dict, others: dict[str, tuple] | None = None) -> Foun
     return Found(better(trials), sorted(trials, key=lambda trial: trial[0]))
 
 
-def two_rates(ask: Ask, base: dict) -> dict | None:
-    """The better of lr and 1.6 times it on seed 0."""
-    lr = base["stages"][-1]["lr"]
-    trials = [(ask(each), each) for each in (base, changed(base, lr=1.6 * lr))]
-    return None if None in [bits for bits, _ in trials] else better(trials)
-
-
-def tried_on_seeds(ask: Ask, base: dict) -> list[float] | None:
-    best = two_rates(ask, base)
-    return best and over_seeds(ask, best)
-
-
 def over_seeds(ask: Ask, config: dict, seeds=(0, 1, 2)) -> list[float] | None:
     """Final losses by seed, or None while one is missing."""
     found = [ask(seeded(config, seed)) for seed in seeds]
@@ -87,7 +75,7 @@ def over_seeds(ask: Ask, config: dict, seeds=(0, 1, 2)) -> list[float] | None:
 
 # --- A: optimizers ----------------------------------------------------------------------------------------------------
 
-SIZE, SHORT, LONG = "2x64", 600, 2400
+SIZE, SHORT, LONG = "2x64", 600, 1800
 
 # optimizer: (first setting, another value of two more coordinates): 6 trials each
 OPTIMIZERS = {
@@ -123,8 +111,8 @@ def optimizers(ask: Ask, scale: float = 1.0) -> None:
 
 
 def horizons(ask: Ask, scale: float = 1.0) -> None:
-    """The tuned settings at four times the steps, with the learning rate or half of it."""
-    for name in OPTIMIZERS:
+    """The tuned settings at three times the steps, with the learning rate or half of it."""
+    for name in ("adamw", "sophiag", "mixed", "nesterov", "nadamw", "sign", "sophiah", "lion"):
         at_horizon(ask, name, LONG, scale)
 
 
@@ -143,60 +131,116 @@ def at_horizon(ask: Ask, name: str, steps: int, scale: float = 1.0) -> dict | No
 
 # --- B: growth --------------------------------------------------------------------------------------------------------
 
-SMALL, BETWEEN, LARGE, TOTAL = "1x32", "2x48", "4x64", 3e11
-SIZES = (SMALL, "1x48", BETWEEN, "3x64", LARGE)
+SMALL, BETWEEN, LARGE = "1x32", "2x48", "4x64"
+OTHER_SIZES = ("1x48", "3x64")
+TOTAL, START_TOTAL = 9e11, 3e11  # FLOPs of a run, everything counted; of those that compare starts
 SMALL_STEPS, SMALL_LR, LR, BETA2 = 1000, 4e-3, 1.5e-3, 0.99  # near what the study of optimizers found
 STARTS = ("lossless", "official", "stack", "hypercloning")
+FITS = (20, 50, 100)
 
 
-def direct(size: str, scale: float = 1.0) -> dict:
+def direct(size: str, scale: float = 1.0, total: float = TOTAL) -> dict:
     """One size for all FLOPs."""
-    return config({"size": size, "lr": SMALL_LR if size == SMALL else LR, "beta2": BETA2, "flops": TOTAL * scale})
+    lr = SMALL_LR if size == SMALL else LR
+    return config({"size": size, "lr": lr, "beta2": BETA2, "flops": total * scale})
 
 
 def small_stage(steps: int, scale: float = 1.0) -> dict:
     return {"size": SMALL, "lr": SMALL_LR, "beta2": BETA2, "steps": max(2, round(steps * scale)), "decay": 0}
 
 
-def grown(start: str, scale: float = 1.0, small_steps: int = SMALL_STEPS, **last: Any) -> dict:
-    large = {"size": LARGE, "start": start, "lr": LR, "beta2": BETA2, "flops": TOTAL * scale}
-    return config(small_stage(small_steps, scale), large | last)
+def grown(start: str, scale: float = 1.0, total: float = TOTAL, **last: Any) -> dict:
+    large = {"size": LARGE, "start": start, "lr": LR, "beta2": BETA2, "flops": total * scale}
+    return config(small_stage(SMALL_STEPS, scale), large | last)
+
+
+def two_rates(ask: Ask, base: dict) -> dict | None:
+    """The better of lr and 1.6 times it on seed 0."""
+    lr = base["stages"][-1]["lr"]
+    trials = [(ask(each), each) for each in (base, changed(base, lr=1.6 * lr))]
+    return None if None in [bits for bits, _ in trials] else better(trials)
+
+
+def three_rates(ask: Ask, base: dict) -> dict | None:
+    """The best of 1.6 lr, 2.56 lr and one further at the better end, on seed 0."""
+    lr = base["stages"][-1]["lr"]
+    trials = [(ask(each), each) for each in (changed(base, lr=by * lr) for by in (1.6, 2.56))]
+    if None in [bits for bits, _ in trials]:
+        return None
+    third = changed(base, lr=lr * (1 if trials[0][0] < trials[1][0] else 4.096))
+    trials.append((ask(third), third))
+    return None if trials[-1][0] is None else better(trials)
 
 
 def growth(ask: Ask, scale: float = 1.0) -> None:
-    """At equal total FLOPs: starts of growth, operator steps, and every size trained directly."""
-    for base in (direct(LARGE, scale), grown("lossless", scale), direct(BETWEEN, scale), direct(SMALL, scale)):
-        tried_on_seeds(ask, base)
-    for base in [grown(start, scale) for start in STARTS[1:]] + [grown("official", scale, fit=fits(scale)[-1])]:
-        tried_on_seeds(ask, base)
-    if best := two_rates(ask, grown("lossless", scale)):
-        for last in [{"fit": steps} for steps in fits(scale)] + [{"carry": True}]:
-            over_seeds(ask, changed(best, **last))
-    for size in SIZES:
-        tried_on_seeds(ask, direct(size, scale))
+    """Growing against its ends, and against every other size, at equal total FLOPs."""
+    for arm in growth_arms(ask, scale).values():
+        if arm:
+            over_seeds(ask, arm)
+    for size in OTHER_SIZES:
+        if arm := other_size(ask, size, scale):
+            over_seeds(ask, arm)
 
 
-def more_growth(ask: Ask, scale: float = 1.0) -> None:
-    """The starts that the study of growth leaves out, and two growths in place of one."""
-    for base in (twice(scale), grown("lemon", scale), grown("interpolate", scale)):
-        tried_on_seeds(ask, base)
+def growth_arms(ask: Ask, scale: float = 1.0) -> dict[str, dict | None]:
+    never = direct(SMALL, scale)
+    return {
+        f"{LARGE} from scratch": three_rates(ask, direct(LARGE, scale)),
+        f"{SMALL} grown into {LARGE}": three_rates(ask, grown("lossless", scale)),
+        f"{BETWEEN} from scratch": three_rates(ask, direct(BETWEEN, scale)),
+        f"{SMALL} never grown": changed(never, lr=1.6 * never["stages"][-1]["lr"]),
+    }
 
 
-def fits(scale: float = 1.0) -> list[int]:
-    return [max(2, round(steps * scale)) for steps in (20, 50, 100)]
+def other_size(ask: Ask, size: str, scale: float = 1.0) -> dict | None:
+    """Untuned: the learning rate is that of the size between."""
+    best = three_rates(ask, direct(BETWEEN, scale))
+    return best and changed(best, size=size)
+
+
+def starts(ask: Ask, scale: float = 1.0) -> None:
+    """Ways to start the large model, and operator steps, at a third of the FLOPs."""
+    for arm in start_arms(ask, scale).values():
+        if arm:
+            over_seeds(ask, arm)
+
+
+def start_arms(ask: Ask, scale: float = 1.0) -> dict[str, dict | None]:
+    total = START_TOTAL
+    arms = {f"{LARGE} from scratch": two_rates(ask, direct(LARGE, scale, total))}
+    arms[f"{SMALL} never grown"] = two_rates(ask, direct(SMALL, scale, total))
+    arms |= {start: two_rates(ask, grown(start, scale, total)) for start in STARTS}
+    lossless = arms["lossless"]
+    for steps in FITS:
+        fit = max(2, round(steps * scale))
+        arms[f"lossless, {steps} operator steps"] = lossless and changed(lossless, fit=fit)
+    arms[f"official, {steps} operator steps"] = two_rates(ask, grown("official", scale, total, fit=fit))
+    arms["lossless, the optimizer's state grown too"] = lossless and changed(lossless, carry=True)
+    return arms
+
+
+def more_starts(ask: Ask, scale: float = 1.0) -> None:
+    """The other starts, and two growths in place of one."""
+    for arm in more_start_arms(ask, scale).values():
+        if arm:
+            over_seeds(ask, arm)
+
+
+def more_start_arms(ask: Ask, scale: float = 1.0) -> dict[str, dict | None]:
+    arms = {start: two_rates(ask, grown(start, scale, START_TOTAL)) for start in ("lemon", "interpolate")}
+    return arms | {f"lossless, twice, by way of {BETWEEN}": two_rates(ask, twice(scale))}
 
 
 def twice(scale: float = 1.0) -> dict:
-    """Two growths: the size between is trained for a fifth of all FLOPs."""
+    """Two growths: after the small model's, the size between trains until two fifths of all FLOPs are spent."""
     between = {"size": BETWEEN, "start": "lossless", "lr": LR, "beta2": BETA2, "decay": 0}
-    large = {"size": LARGE, "start": "lossless", "lr": LR, "beta2": BETA2, "flops": TOTAL * scale}
-    small = small_stage(SMALL_STEPS, scale)
-    return config(small, between | {"flops": TOTAL * scale * 0.35}, large)
+    large = {"size": LARGE, "start": "lossless", "lr": LR, "beta2": BETA2, "flops": START_TOTAL * scale}
+    return config(small_stage(SMALL_STEPS, scale), between | {"flops": START_TOTAL * scale * 0.4}, large)
 
 
 # --- C: both ----------------------------------------------------------------------------------------------------------
 
-SHARES = (0.4, 0.6)  # of the FLOPs: shorter runs, with a schedule of their own
+TOTALS = (3e11, 6e11, TOTAL)  # runs with a schedule of their own
 
 
 def by_sophia(ask: Ask, base: dict, scale: float = 1.0) -> dict | None:
@@ -212,35 +256,29 @@ def by_sophia(ask: Ask, base: dict, scale: float = 1.0) -> dict | None:
 
 def both(ask: Ask, scale: float = 1.0) -> None:
     """Growth with SophiaG after it; and what shorter runs, with and without growth, reach."""
-    for base in (grown("lossless", scale), direct(LARGE, scale)):
-        if best := by_sophia(ask, base, scale):
-            over_seeds(ask, best)
-    for best in arms(ask, scale).values():
-        for share in SHARES if best else ():
-            over_seeds(ask, shorter(best, share))
+    for best in both_arms(ask, scale).values():
+        for total in TOTALS if best else ():
+            over_seeds(ask, changed(best, flops=total * scale))
 
 
-def arms(ask: Ask, scale: float = 1.0) -> dict[str, dict | None]:
+def both_arms(ask: Ask, scale: float = 1.0) -> dict[str, dict | None]:
     """What is compared at several totals: the settings are those found at the whole of it."""
+    arms = growth_arms(ask, scale)
     return {
-        "grown, SophiaG": by_sophia(ask, grown("lossless", scale), scale),
-        "grown": two_rates(ask, grown("lossless", scale)),
-        "middle size": two_rates(ask, direct(BETWEEN, scale)),
+        f"{SMALL} grown into {LARGE}, then SophiaG": by_sophia(ask, grown("lossless", scale), scale),
+        f"{SMALL} grown into {LARGE}, AdamW": arms[f"{SMALL} grown into {LARGE}"],
+        f"{BETWEEN} from scratch, AdamW": arms[f"{BETWEEN} from scratch"],
     }
-
-
-def shorter(config: dict, share: float) -> dict:
-    return changed(config, flops=config["stages"][-1]["flops"] * share)
 
 
 # --- when to grow, and details ----------------------------------------------------------------------------------------
 
-GROWN_AT = (250, 500, 1000, 2000, 3000)
+GROWN_AT = (500, SMALL_STEPS, 2000, 4000)
 
 
 def when(ask: Ask, scale: float = 1.0) -> None:
     """The small model grown at several points of its training, all else equal."""
-    if best := two_rates(ask, grown("lossless", scale)):
+    if best := growth_arms(ask, scale)[f"{SMALL} grown into {LARGE}"]:
         for steps in GROWN_AT:
             over_seeds(ask, grown_at(best, steps, scale))
 
@@ -251,16 +289,21 @@ def grown_at(best: dict, steps: int, scale: float = 1.0) -> dict:
 
 # name: what changes in the tuned setting
 DETAILS = {
+    "mixed": {"no curvature": {"rho": 1e-9}},
+    "adamw": {
+        "embeddings, norms, biases at twice the lr": {"other_lr": 4e-3},
+        "warm-up 120": {"warmup": 120},
+        "linear decay": {"decay": 1.0},
+    },
     "sophiag": {
         "no curvature": {"rho": 1e-9},
         "h corrected": {"optimizer": "corrected"},
         "50 refreshes at first": {"optimizer": "early"},
-        "official": {"lr": 6e-4, "beta1": 0.965, "rho": 0.05, "weight_decay": 0.2},
-        "weight decay x4": {"weight_decay": 0.4},
+        "official values": {"lr": 6e-4, "beta1": 0.965, "rho": 0.05, "weight_decay": 0.2},
         "warm-up 120": {"warmup": 120},
         "linear decay": {"decay": 1.0},
+        "weight decay 0.4": {"weight_decay": 0.4},
     },
-    "adamw": {"warm-up 120": {"warmup": 120}, "linear decay": {"decay": 1.0}, "weight decay x4": {"weight_decay": 0.4}},
     "nesterov": {"no curvature": {"rho": 1e-9}},
 }
 
@@ -320,5 +363,5 @@ def vit(ask: Ask, scale: float = 1.0) -> None:
             over_seeds(ask, better(trials))
 
 
-_ALL = (optimizers, growth, both, horizons, when, details, more_growth, size, vit)
+_ALL = (optimizers, horizons, details, size, growth, starts, more_starts, both, when, vit)
 STUDIES = {study.__name__: study for study in _ALL}
