@@ -109,7 +109,7 @@ def test_a_search_goes_on_at_the_better_end():
     assert plan.search(lambda config: None, plan.optimizer_config("adamw")) is None
 
 
-STUDIES = "optimizers growth both horizons when details more_growth size vit".split()
+STUDIES = "optimizers horizons details size growth best_size starts more_starts both when vit".split()
 
 
 @pytest.mark.parametrize("study", STUDIES)
@@ -188,7 +188,7 @@ def test_where_nothing_was_run_the_tables_say_so(tmp_path):
     from benchmarks.evidence import report
 
     results = report.Results(tmp_path)
-    for name in ("optimizers", "growth", "sizes", "both", "vit"):
+    for name in ("optimizers", "growth", "starts", "both", "vit"):
         assert report.NONE in "".join(report.TABLES[name](results))
 
 

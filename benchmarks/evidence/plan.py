@@ -177,6 +177,7 @@ def growth(ask: Ask, scale: float = 1.0) -> None:
     for arm in growth_arms(ask, scale).values():
         if arm:
             over_seeds(ask, arm)
+    over_seeds(ask, config(small_stage(SMALL_STEPS, scale)))  # for its curve
     for size in OTHER_SIZES:
         if arm := other_size(ask, size, scale):
             over_seeds(ask, arm)
@@ -196,6 +197,17 @@ def other_size(ask: Ask, size: str, scale: float = 1.0) -> dict | None:
     """Untuned: the learning rate is that of the size between."""
     best = three_rates(ask, direct(BETWEEN, scale))
     return best and changed(best, size=size)
+
+
+def best_size(ask: Ask, scale: float = 1.0) -> None:
+    """Growing into the size that does best from scratch."""
+    if arm := into_between(ask, scale):
+        over_seeds(ask, arm)
+
+
+def into_between(ask: Ask, scale: float = 1.0) -> dict | None:
+    base = changed(grown("lossless", scale), size=BETWEEN)
+    return two_rates(ask, changed(base, lr=1.6 * LR))
 
 
 def starts(ask: Ask, scale: float = 1.0) -> None:
@@ -363,5 +375,5 @@ def vit(ask: Ask, scale: float = 1.0) -> None:
             over_seeds(ask, better(trials))
 
 
-_ALL = (optimizers, horizons, details, size, growth, starts, more_starts, both, when, vit)
+_ALL = (optimizers, horizons, details, size, growth, best_size, starts, more_starts, both, when, vit)
 STUDIES = {study.__name__: study for study in _ALL}

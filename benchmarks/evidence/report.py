@@ -58,6 +58,10 @@ def cell(values, digits=3):
     return f"{statistics.fmean(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
+def flops(total):
+    return f"{total:.0e}".replace("e+", "e")
+
+
 def table(header, rows):
     yield "| " + " | ".join(header) + " |"
     yield "|---" * len(header) + "|"
@@ -155,31 +159,8 @@ def size_rows(results):
 # --- growth -----------------------------------------------------------------------------------------------------------
 
 
-def growth_arms(results):
-    """name -> config of the best setting, or None."""
-    ask = results.ask
-    lossless = plan.two_rates(ask, plan.grown("lossless"))
-    arms = {
-        f"{plan.LARGE} from scratch": plan.two_rates(ask, plan.direct(plan.LARGE)),
-        f"{plan.SMALL}, never grown": plan.two_rates(ask, plan.direct(plan.SMALL)),
-        f"{plan.BETWEEN} from scratch": plan.two_rates(ask, plan.direct(plan.BETWEEN)),
-        "lossless": lossless,
-    }
-    for steps in plan.fits():
-        arms[f"lossless, {steps} operator steps"] = lossless and plan.changed(lossless, fit=steps)
-    arms["lossless, optimizer state grown too"] = lossless and plan.changed(lossless, carry=True)
-    for start in plan.STARTS[1:]:
-        arms[start] = plan.two_rates(ask, plan.grown(start))
-    fitted = plan.grown("official", fit=plan.fits()[-1])
-    arms[f"official, {plan.fits()[-1]} operator steps"] = plan.two_rates(ask, fitted)
-    for start in ("lemon", "interpolate"):
-        arms[start] = plan.two_rates(ask, plan.grown(start))
-    arms[f"twice, by way of {plan.BETWEEN}"] = plan.two_rates(ask, plan.twice())
-    return arms
-
-
-def growth_rows(results):
-    for name, config in growth_arms(results).items():
+def arm_rows(results, arms):
+    for name, config in arms.items():
         records = results.records(config)
         if records is None:
             yield name, *[NONE] * 4
@@ -188,31 +169,42 @@ def growth_rows(results):
         operator = statistics.fmean(r.get("fit_flops", 0) / r["flops"] for r in records)
         yield (
             name,
-            f"{config['stages'][-1]['lr']:.3g}",
+            f"{config['stages'][-1]['lr']:.2g}",
             "" if None in right_after else f"{statistics.fmean(right_after):.2f}",
             f"{operator:.0%}" if operator else "",
             cell([r["bits"] for r in records]),
         )
 
 
+def growth_arms(results):
+    into = {f"{plan.SMALL} grown into {plan.BETWEEN}": plan.into_between(results.ask)}
+    return plan.growth_arms(results.ask) | into
+
+
+def sizes(results):
+    """size -> records of it trained directly, in the order of parameters; those that were run."""
+    arms = plan.growth_arms(results.ask)
+    configs = {size: plan.other_size(results.ask, size) for size in plan.OTHER_SIZES}
+    configs[plan.SMALL] = arms[f"{plan.SMALL} never grown"]
+    configs |= {size: arms[f"{size} from scratch"] for size in (plan.BETWEEN, plan.LARGE)}
+    found = {size: results.records(config) for size, config in configs.items()}
+    found = {size: records for size, records in found.items() if records}
+    return dict(sorted(found.items(), key=lambda item: item[1][0]["parameters"]))
+
+
 def size_curve_rows(results):
-    for size in plan.SIZES:
-        config = plan.two_rates(results.ask, plan.direct(size))
-        records = results.records(config)
-        if records is None:
-            yield size, *[NONE] * 4
-            continue
+    for size, records in sizes(results).items():
         r = records[0]
-        lr = f"{config['stages'][-1]['lr']:.3g}"
-        yield size, f"{r['parameters']:,}", r["steps"], lr, cell([r["bits"] for r in records])
+        lr = f"{r['config']['stages'][-1]['lr']:.2g}"
+        yield size, f"{r['parameters']:,}", f"{r['steps']:,}", lr, cell([r["bits"] for r in records])
 
 
-def reaches(losses, shares, target):
-    """Share of the FLOPs at which a loss, falling in a line of log FLOPs between those measured, is at `target`.
+def reaches(losses, totals, target):
+    """FLOPs at which a loss, falling in a line of log FLOPs between those measured, is at `target`.
 
-    The least share measured where it is below already; None where it is above at the end.
+    The least measured where it is below already; None where it is above at the end.
     """
-    points = sorted(zip(shares, losses, strict=True))
+    points = sorted(zip(totals, losses, strict=True))
     if points[0][1] <= target:
         return points[0][0]
     for (a, high), (b, low) in zip(points, points[1:], strict=False):
@@ -222,20 +214,25 @@ def reaches(losses, shares, target):
 
 
 def both_rows(results):
-    scratch = results.losses(plan.two_rates(results.ask, plan.direct(plan.LARGE)))
-    for name, config in plan.arms(results.ask).items():
-        shares = (*plan.SHARES, 1.0)
-        losses = [results.losses(config and plan.shorter(config, share)) for share in shares]
+    scratch = results.losses(plan.growth_arms(results.ask)[f"{plan.LARGE} from scratch"])
+    for name, config in plan.both_arms(results.ask).items():
+        losses = [results.losses(config and plan.changed(config, flops=total)) for total in plan.TOTALS]
         row = [cell(each) for each in losses]
         if None in losses or scratch is None:
             yield name, *row, NONE
             continue
-        found = [reaches([each[seed] for each in losses], shares, target) for seed, target in enumerate(scratch)]
-        yield name, *row, "not at all" if None in found else cell([1 - each for each in found], 2)
+        by_seed = zip(*losses, strict=True)
+        found = [reaches(each, plan.TOTALS, target) for each, target in zip(by_seed, scratch, strict=True)]
+        if None in found:
+            yield name, *row, "none"
+            continue
+        saved = [1 - each / plan.TOTAL for each in found]
+        least = "at least " if min(found) == plan.TOTALS[0] else ""
+        yield name, *row, least + f"{min(saved):.0%} to {max(saved):.0%}"
 
 
 def when_rows(results):
-    best = plan.two_rates(results.ask, plan.grown("lossless"))
+    best = plan.growth_arms(results.ask)[f"{plan.SMALL} grown into {plan.LARGE}"]
     for steps in plan.GROWN_AT if best else ():
         records = results.records(plan.grown_at(best, steps))
         if records is None:
@@ -257,15 +254,17 @@ def vit_rows(results):
         yield arm, f"{best['stages'][-1]['lr']:.3g}", *cells
 
 
+ARM = ("run", "lr", "right after growth", "operator's FLOPs", "bits/byte")
 TABLES = {
     "optimizers": optimizer_table,
     "trials": lambda r: table(("optimizer", "setting", "bits/byte, seed 0"), trial_rows(r)),
     "details": lambda r: table(("optimizer", "change", "bits/byte", "apart from as tuned"), detail_rows(r)),
     "size": lambda r: table(("optimizer", "setting", "bits/byte"), size_rows(r)),
-    "growth": lambda r: table(("run", "lr", "right after growth", "operator's FLOPs", "bits/byte"), growth_rows(r)),
+    "growth": lambda r: table(ARM, arm_rows(r, growth_arms(r))),
+    "starts": lambda r: table(ARM, arm_rows(r, plan.start_arms(r.ask) | plan.more_start_arms(r.ask))),
     "sizes": lambda r: table(("layers x width", "parameters", "steps", "lr", "bits/byte"), size_curve_rows(r)),
     "both": lambda r: table(
-        ("run", *(f"bits/byte at {s:.0%} of the FLOPs" for s in (*plan.SHARES, 1.0)), "FLOPs saved"), both_rows(r)
+        ("run", *(f"bits/byte at {flops(total)} FLOPs" for total in plan.TOTALS), "saved"), both_rows(r)
     ),
     "when": lambda r: table(("grown at step", "of all FLOPs", "small, when it is grown", "bits/byte"), when_rows(r)),
     "vit": lambda r: table(("run", "lr", "bits/label", "error, %"), vit_rows(r)),
@@ -274,7 +273,7 @@ TABLES = {
 
 # --- figures ----------------------------------------------------------------------------------------------------------
 
-COLORS = {"direct": "#4c72b0", "grown": "#c44e52", "never": "#55a868", "middle": "#8c8c8c"}
+COLORS = {"direct": "#4c72b0", "grown": "#c44e52", "middle": "#8c8c8c", "never": "#55a868"}
 
 
 def axes(width=7.0, height=4.2):
@@ -298,40 +297,31 @@ def optimizer_figure(results):
         if name == "adamw":
             ax.axvspan(min(losses), max(losses), color=COLORS["direct"], alpha=0.15, linewidth=0)
     ax.set_yticks(range(len(rows)), [NAMES[name] for name, _ in rows])
-    ax.set_xlabel(f"bits per byte of held-out text after {plan.SHORT} steps, each tuned in 6 trials; 3 seeds and mean")
+    ax.set_xlabel(f"bits per byte after {plan.SHORT} steps, 3 seeds and their mean")
     return drawn
 
 
 def growth_figure(results):
     """What each size reaches for the same FLOPs, trained directly, and what growing reaches."""
     drawn, ax = axes()
-    found = [results.records(plan.two_rates(results.ask, plan.direct(size))) for size in plan.SIZES]
-    found = [records for records in found if records]
-    x = [records[0]["parameters"] for records in found]
-    losses = [[record["bits"] for record in records] for records in found]
+    found = sizes(results)
+    x = [records[0]["parameters"] for records in found.values()]
+    losses = [[record["bits"] for record in records] for records in found.values()]
     ax.plot(x, [statistics.fmean(each) for each in losses], "o-", color=COLORS["direct"])
     ax.fill_between(x, [min(e) for e in losses], [max(e) for e in losses], color=COLORS["direct"], alpha=0.2)
-    ax.annotate(
-        "one size for all FLOPs",
-        (x[-1], statistics.fmean(losses[-1])),
-        color=COLORS["direct"],
-        xytext=(-4, 8),
-        textcoords="offset points",
-        ha="right",
-    )
-    config = plan.two_rates(results.ask, plan.grown("lossless"))
+    words = {"textcoords": "offset points", "ha": "right"}
+    ax.annotate("one size for all FLOPs", (x[-1], statistics.fmean(losses[-1])), (-12, 0), color="#4c72b0", **words)
+    config = plan.growth_arms(results.ask)[f"{plan.SMALL} grown into {plan.LARGE}"]
     if records := results.records(config):
         grown = [record["bits"] for record in records]
         ax.axhspan(min(grown), max(grown), color=COLORS["grown"], alpha=0.2, linewidth=0)
         ax.axhline(statistics.fmean(grown), color=COLORS["grown"])
-        words = f"{plan.SMALL} grown into {plan.LARGE}"
-        ax.annotate(
-            words, (x[0], statistics.fmean(grown)), xytext=(0, 4), textcoords="offset points", color=COLORS["grown"]
-        )
+        at = x[-1], statistics.fmean(grown)
+        ax.annotate(f"{plan.SMALL} grown into {plan.LARGE}", at, (0, 6), color=COLORS["grown"], **words)
     ax.set_xscale("log")
-    ax.set_xticks(x, [f"{size}\n{count:,}" for size, count in zip(plan.SIZES, x, strict=False)])
+    ax.set_xticks(x, [f"{size}\n{count:,}" for size, count in zip(found, x, strict=True)], fontsize=8)
     ax.minorticks_off()
-    ax.set_xlabel(f"layers x width, parameters; every run costs {plan.TOTAL:.0e} FLOPs".replace("e+", "e"))
+    ax.set_xlabel(f"layers x width, parameters; every run costs {flops(plan.TOTAL)} FLOPs")
     ax.set_ylabel("bits per byte of held-out text")
     return drawn
 
@@ -339,19 +329,15 @@ def growth_figure(results):
 def curve_figure(results):
     """Loss on the way, on a part of the held-out text, against all FLOPs spent."""
     drawn, ax = axes()
-    arms = growth_arms(results)
-    for name, color in zip(list(arms)[:4], ("direct", "never", "middle", "grown"), strict=True):
-        records = results.records(arms[name])
+    for (name, config), color in zip(plan.growth_arms(results.ask).items(), COLORS.values(), strict=True):
+        records = results.records(config)
         if records is None:
             continue
-        if name == "lossless":
-            first = results.records({**arms[name], "stages": arms[name]["stages"][:1]})
-            if first:
-                band(ax, first, COLORS[color], ":")
-            name = "grown, lossless"
-        band(ax, records, COLORS[color], "-", name)
+        if len(config["stages"]) > 1:
+            band(ax, results.records(plan.config(plan.small_stage(plan.SMALL_STEPS))), color, ":")
+        band(ax, records, color, "-", name)
     ax.set_ylim(top=4.5)
-    ax.set_xlabel("training FLOPs, the small model's included (dotted)")
+    ax.set_xlabel("training FLOPs, the small model's before growth included (dotted)")
     ax.set_ylabel("bits per byte of held-out text")
     ax.legend(frameon=False)
     return drawn

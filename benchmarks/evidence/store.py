@@ -21,7 +21,6 @@ class Store:
 
     def __init__(self, folder: Path):
         self.folder, self.runs = folder, folder / "runs"
-        self.runs.mkdir(parents=True, exist_ok=True)
         self._known = {}
         for file in folder.glob("*.json"):
             for record in json.loads(file.read_text())["records"]:
@@ -36,11 +35,13 @@ class Store:
         return self._known.get(name)
 
     def put(self, record):
+        self.runs.mkdir(parents=True, exist_ok=True)
         _replace(self.runs / f"{key(record['config'])}.json", json.dumps(record))
 
     @contextmanager
     def claim(self, config):
         """Whether this process, and no other, may run `config` now; the lock goes with the process."""
+        self.runs.mkdir(parents=True, exist_ok=True)
         with open(self.runs / f"{key(config)}.lock", "w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
