@@ -1,6 +1,6 @@
 """Run a study, or what is left of it: python -m benchmarks.evidence STUDY ... [--out docs/results/data] [--scale 1]
 
-Several processes may work at one study. When all its runs are there, STUDY.json holds them.
+Several processes may work at one study. When all its runs are there, STUDY.json holds them; --pack: those there are.
 """
 
 import argparse
@@ -41,11 +41,11 @@ def run(config, store):
             run(first, store)
         before = torch.load(file, weights_only=False)
     record, left = runs.TASKS[config["task"]](config, before)
+    store.put(record)
     if not config["stages"][-1]["decay"]:
         partial = store.runs / f"{key(config)}.{os.getpid()}.partial"
         torch.save(left, partial)
         os.replace(partial, store.runs / f"{key(config)}.pt")
-    store.put(record)
     return record
 
 
@@ -93,10 +93,12 @@ def main(arguments=None):
     parser.add_argument("studies", nargs="+", choices=plan.STUDIES, metavar="STUDY", help=", ".join(plan.STUDIES))
     parser.add_argument("--out", type=Path, default=Path("docs/results/data"))
     parser.add_argument("--scale", type=float, default=1.0, help="of all numbers of steps")
+    parser.add_argument("--pack", action="store_true", help="run nothing: STUDY.json of what there is")
     options = parser.parse_args(arguments)
     store = Store(options.out)
     for study in options.studies:
-        work(study, store, options.scale)
+        if not options.pack:
+            work(study, store, options.scale)
         store.pack(study, about(), [config for config, _ in wanted(study, store, options.scale)])
 
 

@@ -199,10 +199,17 @@ def other_size(ask: Ask, size: str, scale: float = 1.0) -> dict | None:
     return best and changed(best, size=size)
 
 
+MORE_SEEDS = (0, 1, 2, 3, 4)
+
+
 def best_size(ask: Ask, scale: float = 1.0) -> None:
-    """Growing into the size that does best from scratch."""
-    if arm := into_between(ask, scale):
-        over_seeds(ask, arm)
+    """Growing into the size that does best from scratch, against that size."""
+    if grown_into := into_between(ask, scale):
+        over_seeds(ask, grown_into)
+        over_seeds(ask, changed(grown_into, flops=TOTALS[1] * scale))
+        over_seeds(ask, grown_into, MORE_SEEDS)
+    if from_scratch := three_rates(ask, direct(BETWEEN, scale)):
+        over_seeds(ask, from_scratch, MORE_SEEDS)
 
 
 def into_between(ask: Ask, scale: float = 1.0) -> dict | None:

@@ -41,13 +41,13 @@ class Results:
             return None
         return math.inf if record["bits"] is None else record["bits"]
 
-    def records(self, config):
+    def records(self, config, seeds=SEEDS):
         """One a seed, or None while one is missing."""
-        found = [config and self.store.get(plan.seeded(config, seed)) for seed in SEEDS]
+        found = [config and self.store.get(plan.seeded(config, seed)) for seed in seeds]
         return None if None in found else found
 
-    def losses(self, config):
-        records = self.records(config)
+    def losses(self, config, seeds=SEEDS):
+        records = self.records(config, seeds)
         return records and [record["bits"] for record in records]
 
 
@@ -176,6 +176,16 @@ def arm_rows(results, arms):
         )
 
 
+def best_rows(results):
+    from_scratch = plan.three_rates(results.ask, plan.direct(plan.BETWEEN))
+    into, half = plan.into_between(results.ask), plan.TOTALS[1]
+    for name, config in (("from scratch", from_scratch), (f"{plan.SMALL} grown into it", into)):
+        losses = results.losses(config, plan.MORE_SEEDS)
+        shorter = results.losses(config and plan.changed(config, flops=half))
+        by_seed = [f"{each:.3f}" for each in losses] if losses else [NONE] * len(plan.MORE_SEEDS)
+        yield name, cell(shorter), cell(losses), *by_seed
+
+
 def growth_arms(results):
     into = {f"{plan.SMALL} grown into {plan.BETWEEN}": plan.into_between(results.ask)}
     return plan.growth_arms(results.ask) | into
@@ -262,6 +272,15 @@ TABLES = {
     "size": lambda r: table(("optimizer", "setting", "bits/byte"), size_rows(r)),
     "growth": lambda r: table(ARM, arm_rows(r, growth_arms(r))),
     "starts": lambda r: table(ARM, arm_rows(r, plan.start_arms(r.ask) | plan.more_start_arms(r.ask))),
+    "best": lambda r: table(
+        (
+            plan.BETWEEN,
+            f"at {flops(plan.TOTALS[1])} FLOPs",
+            f"at {flops(plan.TOTAL)} FLOPs",
+            *[f"seed {i}" for i in plan.MORE_SEEDS],
+        ),
+        best_rows(r),
+    ),
     "sizes": lambda r: table(("layers x width", "parameters", "steps", "lr", "bits/byte"), size_curve_rows(r)),
     "both": lambda r: table(
         ("run", *(f"bits/byte at {flops(total)} FLOPs" for total in plan.TOTALS), "saved"), both_rows(r)

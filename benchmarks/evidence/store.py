@@ -21,10 +21,11 @@ class Store:
 
     def __init__(self, folder: Path):
         self.folder, self.runs = folder, folder / "runs"
-        self._known = {}
+        self._known, self._packed = {}, {}
         for file in folder.glob("*.json"):
-            for record in json.loads(file.read_text())["records"]:
+            for record in json.loads(file.read_text()).get("records", ()):  # times.json has none
                 self._known[key(record["config"])] = record
+                self._packed[key(record["config"])] = file.stem
 
     def get(self, config):
         """The record of `config`, or None."""
@@ -51,8 +52,13 @@ class Store:
             yield self.get(config) is None
 
     def pack(self, study, about, configs):
-        """STUDY.json: what the runs were done on, and their records in order, one a line."""
-        records = ",\n".join(json.dumps(_rounded(self.get(config))) for config in configs)
+        """STUDY.json: what the runs were done on, and the records that there are and no other study's file has."""
+        own = [config for config in configs if self._packed.get(key(config), study) == study]
+        found = {key(config): record for config in own if (record := self.get(config)) is not None}
+        if not found:
+            return
+        self._packed |= dict.fromkeys(found, study)
+        records = ",\n".join(json.dumps(_rounded(record)) for record in found.values())
         _replace(self.folder / f"{study}.json", f'{{"about": {json.dumps(about)},\n"records": [\n{records}\n]}}\n')
 
 
