@@ -16,9 +16,9 @@ import transformers
 
 import growkit
 
-FIXED = (0.0004, 0.004, 0.04, 0.2, 1.0, 4.0)
+FIXED = (0.0004, 0.04, 0.2, 1.0, 4.0)
 STARTS = (0.0004, 0.04, 4.0)
-CASES = [(rho, None) for rho in FIXED] + [(rho, 0.2) for rho in STARTS]
+CASES = [(rho, None) for rho in FIXED] + [(rho, 0.1) for rho in STARTS]
 
 
 def data():

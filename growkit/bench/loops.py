@@ -32,7 +32,7 @@ from growkit.optim import SophiaG, SophiaH
 
 # The task: STEPS optimizer steps on MICRO micro-batches each of ROWS sequences, refreshes after steps 1, 1+EVERY, ...
 STEPS, EVERY, MICRO, ROWS, LENGTH, VOCABULARY = 5, 2, 2, 6, 4, 11
-SHARES = {1: [6], 2: [4, 2], 3: [3, 1, 2]}  # sequences of each process, unequal on purpose
+SHARES = {1: [6], 2: [4, 2], 3: [3, 1, 2], 4: [2, 1, 2, 1]}  # sequences of each process, unequal on purpose
 SETTINGS = {SophiaG: {"lr": 0.02, "rho": 5.0, "bs": 1}, SophiaH: {"lr": 0.02, "rho": 2.0}}
 TOLERANCE = 1e-10  # of parameters and h, in float64: only the order of sums may differ
 
@@ -225,9 +225,9 @@ def fsdp2_offloaded(rank, world, cls):
     return _fsdp2(rank, world, cls, offload_policy=CPUOffloadPolicy(pin_memory=False))
 
 
-@loop("FSDP2 on a mesh of two dimensions (HSDP)", (2,))
+@loop("FSDP2 on a mesh of two dimensions (HSDP)", (2, 4), note="2 copies of the model, on 4 processes in 2 shards each")
 def hsdp(rank, world, cls):
-    mesh = dist.init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard"))
+    mesh = dist.init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicate", "shard"))
     return _fsdp2(rank, world, cls, mesh)
 
 
@@ -353,11 +353,14 @@ def table(rows):
 OTHERS = {
     "tensor parallel (`parallelize_module`)": "`attach` raises, naming the parameter",
     "FSDP1 (`FullyShardedDataParallel`)": "`attach` raises",
-    "experts, stages or models of their own on each process, as plain tensors": "the first refresh raises: it compares "
+    "a model of its own on each process (ensembles, actors)": "right with `attach(model, process_group=...)`, the "
+    "process's own: `torch.distributed.new_group([rank], use_local_synchronization=True)`",
+    "experts, stages or slices of a model on each process, as plain tensors": "the first refresh raises: it compares "
     "the processes' parameters bit for bit",
     "shards that are no run of rows (`Shard(1)`)": "right in float32; refused by name where bits are drawn at random: "
     "bfloat16 rounding, 8-bit state, SophiaH",
-    '`state_dtype="8bit"` on shards': "right where a row has a multiple of 256 elements, refused by name elsewhere",
+    '`state_dtype="8bit"` on shards': "right where a row has a multiple of 256 elements, refused by name elsewhere. "
+    "Distributed checkpoints go bit for bit from 2 processes to 1 and 3, and from 1 to 2 and 3",
     "`torch.amp.GradScaler`": "right with DDP and FSDP2: an overflow in one process skips the step of all",
     "an optimizer for each parameter, stepping within the backward": "right on one process with `update_hessian()` in "
     "the hooks; refused where attached, and under DDP, which reduces gradients after the hooks",
@@ -375,10 +378,13 @@ element. {tolerance:.0e} is what the tests allow; only the order in which sums a
 
 {table}
 
-Over several processes a refresh takes, beside the reduction of its gradients, two reductions of a few numbers: which
-rows of the whole batch are whose, and then the number of labels, the gradient's norm and what `metrics()` tells. A step
-takes none, but for the norm of `clip_grad_norm`. Under NCCL the first of the two makes the host wait for the device.
-SophiaH's refresh holds the whole model on every process while it lasts.
+Over several processes a refresh takes, beside the reduction of its gradients, two more. Before the backward the hosts
+exchange how many rows each has, for labels are drawn by row of the whole batch, and whether one has raised an error;
+where the model's process group takes no tensors of the host, as NCCL alone, a gloo group is made for it. After the
+backward one reduction on the device, for which no host waits, sums the number of labels, the gradient's squared norm,
+which says whether it is finite, and what `metrics()` and `rho="auto"` are formed from: 30 kB. A step takes none, but
+for the norm of `clip_grad_norm`. What a loss scores is read from the device at the first refresh only, unless a model
+returns several outputs that a loss may read. SophiaH's refresh holds the whole model on every process while it lasts.
 
 Not in the table:
 

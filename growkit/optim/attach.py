@@ -25,7 +25,9 @@ class Attachment:
     outputs, with what the gradients there say about the loss. The hooks run outside of any compiled graph.
     """
 
-    def __init__(self, optimizer: Any, model: torch.nn.Module, every: int, phase: str, options: dict):
+    def __init__(
+        self, optimizer: Any, model: torch.nn.Module, every: int, phase: str, process_group: Any, options: dict
+    ):
         if not isinstance(model, torch.nn.Module):
             raise TypeError(f"attach: model is {type(model).__name__}, expected a torch.nn.Module")
         if not isinstance(every, int) or isinstance(every, bool) or every < 1:
@@ -33,6 +35,7 @@ class Attachment:
         if phase not in ("paper", "official"):
             raise ValueError(f"attach: phase={phase!r}, expected 'paper' or 'official'")
         distributed.check(model)
+        self.process_group = distributed.group_of(model, process_group)
         self._check_parameters(optimizer, model)
         for group in optimizer.param_groups:
             group.update(every=every, phase=phase)
@@ -129,9 +132,11 @@ def _listed(names):
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
-def estimate(optimizer: Any, model: torch.nn.Module, calls: list[Call], options: dict, known: dict) -> dict:
+def estimate(
+    optimizer: Any, model: torch.nn.Module, calls: list[Call], process_group: Any, options: dict, known: dict
+) -> dict:
     """The curvature on `calls`, not yet in `h`: what `_take` folds. Nothing has changed, also where this raises."""
-    processes = distributed.Processes(optimizer, optimizer._owner(), model)
+    processes = distributed.Processes(optimizer, optimizer._owner(), model, process_group)
     if not optimizer._compared:
         processes.check_replicas()
         optimizer._compared = True
@@ -191,7 +196,8 @@ def before_step(optimizer: Any) -> dict | None:
         attachment.check_first()
         return None
     optimizer._telemetry.warn(optimizer)
-    result = estimate(optimizer, attachment.model, [attachment.call], attachment.options, attachment.known)
+    of = attachment
+    result = estimate(optimizer, of.model, [of.call], of.process_group, of.options, of.known)
     _warn_of_unreached(optimizer, result["reached"])
     return result
 

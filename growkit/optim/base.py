@@ -21,7 +21,7 @@ from growkit.optim.buckets import Buckets, as_real
 from growkit.optim.options import Checked, check_bs, check_new, check_values
 from growkit.optim.replay import Call
 from growkit.optim.state import check_file, complete_groups, convert, of_file, share_steps
-from growkit.optim.telemetry import START, TARGET, Telemetry
+from growkit.optim.telemetry import LARGEST, SMALLEST, START, TARGET, Telemetry, move
 from growkit.warn import warn
 
 
@@ -40,7 +40,7 @@ class SophiaBase(Optimizer):
         zero = torch.zeros((), dtype=torch.int64)
         schedule = {"every": 0, "phase": "paper", "steps": zero, "refreshes": zero.clone()}
         schedule["curvature"] = self._estimate.__name__  # a file of the other class is refused
-        schedule["unclipped"] = torch.tensor(-1.0, dtype=torch.float64)  # what rho="auto" goes by, not known yet
+        schedule["rho_solved"] = torch.zeros((), dtype=torch.float64)  # what rho="auto" goes by, 0: not known yet
         self._reset_runtime()
         super().__init__(params, {**defaults, **schedule})
 
@@ -70,12 +70,12 @@ class SophiaBase(Optimizer):
     def _tell_owner(self):
         """Its groups overwrite those of its parts in every step."""
         for own, group in zip(self.param_groups, self._owner().param_groups if self._owner() else (), strict=False):
-            keys = ("every", "phase", "steps", "refreshes", "rho", "unclipped")
+            keys = ("every", "phase", "steps", "refreshes", "rho", "rho_solved")
             group.update({key: own[key] for key in keys})
 
     def add_param_group(self, param_group):
         if self.param_groups:  # one schedule for all groups
-            keys = ("every", "phase", "steps", "refreshes", "unclipped")
+            keys = ("every", "phase", "steps", "refreshes", "rho_solved")
             schedule = {key: self.param_groups[0][key] for key in keys}
             param_group = {**schedule, **param_group} if isinstance(param_group, dict) else param_group
         super().add_param_group(param_group)
@@ -100,7 +100,7 @@ class SophiaBase(Optimizer):
             raise
 
     def _warn_once(self, key, message):
-        if key not in self._warned and distributed.speaks():
+        if key not in self._warned and distributed.speaks(self._attachment and self._attachment.process_group):
             self._warned.add(key)
             warn(message)
 
@@ -209,7 +209,13 @@ class SophiaBase(Optimizer):
 
     def _observe(self):
         if not _capturing():
-            self._telemetry.after_due_step(self._buckets.prepare(self.param_groups, self.state), self._denominator)
+            prepared = self._buckets.prepare(self.param_groups, self.state)
+            self._telemetry.after_due_step(prepared, self._denominator, self._elements())
+
+    def _elements(self):
+        """Number of elements of all parameters, of those that other processes hold as well."""
+        groups = (self._owner() or self).param_groups
+        return sum(p.numel() * (1 + p.is_complex()) for group in groups for p in group["params"] if p.requires_grad)
 
     def _check_capture(self):
         name = "_accelerator_graph_capture_health_check"  # under torch 2.10 with another first word
@@ -302,10 +308,10 @@ class SophiaBase(Optimizer):
 
     # --- curvature ---
 
-    def _attach(self, model, every, phase, options):
+    def _attach(self, model, every, phase, process_group, options):
         if self._attachment is not None:
             raise RuntimeError("attach: this optimizer is attached already, call detach() first")
-        self._attachment = Attachment(self, model, every, phase, options)
+        self._attachment = Attachment(self, model, every, phase, process_group, options)
         self._tell_owner()
 
     def detach(self):
@@ -317,7 +323,7 @@ class SophiaBase(Optimizer):
                 group["every"] = 0
             self._tell_owner()
 
-    def _refresh(self, model, batches, options):
+    def _refresh(self, model, batches, process_group, options):
         if isinstance(batches, (torch.Tensor, Mapping, str)):
             raise TypeError(
                 f"refresh: batches is {type(batches).__name__}, expected an iterable of batches; one batch is [batch]"
@@ -325,9 +331,12 @@ class SophiaBase(Optimizer):
         calls = [Call.of(batch) for batch in batches]
         if not calls:
             raise ValueError("refresh: batches is empty, expected at least one batch")
-        known = self._attachment.known if self._attachment is not None else {}
+        attached, known = self._attachment, {}
+        if attached is not None:
+            known = attached.known
+            process_group = attached.process_group if process_group is None else process_group
         self._telemetry.warn(self)
-        self._take(**estimate(self, model, calls, options, known))
+        self._take(**estimate(self, model, calls, distributed.group_of(model, process_group), options, known))
 
     def _take(self, processes, grads, count, reached):
         """Fold an estimate into h."""
@@ -364,13 +373,15 @@ class SophiaBase(Optimizer):
             return
         zero = torch.zeros((), dtype=torch.float64, device=found[0]["p"][0].device if found else "cpu")
         square = sum((ops.squared_norm(b["g"]).to(zero.device) * processes.share(b["whole"]) for b in found), zero)
-        if processes.size > 1:
-            unclipped = sum((each.to(zero.device) for each, _ in self._unclipped.values()), zero)
-            counted = zero + sum(each for _, each in self._unclipped.values())
-            square, n, *told = processes.agree(square, zero if count is None else count, unclipped, counted)
-            count = None if count is None else n
-            if self._unclipped:
-                self._unclipped = {zero.device: tuple(told)}
+        unclipped = sum((each.to(zero.device) for each, _ in self._unclipped.values()), zero)
+        counted = zero + sum(each for _, each in self._unclipped.values())
+        numbers = torch.stack([square, zero if count is None else count.to(zero), unclipped, counted])
+        sums = self._telemetry.sums(prepared, self._elements(), processes.share, zero.device)
+        numbers, sums = processes.agree(torch.cat([numbers, sums])).split([len(numbers), len(sums)])
+        square, n, unclipped, counted = numbers.unbind()
+        count = None if count is None else n
+        if self._unclipped and processes.size > 1:
+            self._unclipped = {zero.device: (unclipped, counted)}
         norm = square.sqrt()
         skip = ~norm.isfinite()
         if count is not None:
@@ -384,7 +395,9 @@ class SophiaBase(Optimizer):
                     u = [as_real(distributed.local(probes[params[i]])) for i in bucket["number"]]
                 self._fold_bucket(group, bucket, count, skip, u)
         self._since_refresh = 0
-        self._tell(prepared, norm if count is None else norm / count)
+        # Before the first refresh h is 0, and what is clipped says nothing about rho.
+        known = self._unclipped and self.param_groups[0]["refreshes"] > 0
+        self._tell(sums, norm if count is None else norm / count, unclipped / counted if known else None)
         for group in self.param_groups:
             group["refreshes"] = group["refreshes"] + 1
         self._tell_owner()
@@ -393,31 +406,28 @@ class SophiaBase(Optimizer):
         """What the random bits of the next refresh are keyed by: of the first group, for all of them."""
         return {"seed": self.param_groups[0]["seed"], "refresh": int(self.param_groups[0]["refreshes"])}
 
-    def _tell(self, prepared, norm):
-        """Set a rho that is "auto" by what earlier refreshes sent, and send what this one has to say."""
-        elements = sum(counted for _, counted in self._unclipped.values())
-        fraction = None
-        if (
-            self._unclipped and self.param_groups[0]["refreshes"] > 0
-        ):  # before the first h is 0: that says nothing about rho
-            home = next(iter(self._unclipped))
-            fraction = sum(count.to(home) for count, _ in self._unclipped.values()).double() / elements
-        for group in self.param_groups:
-            if group["target_unclipped"] is not None:
-                group["rho"] = self._telemetry.control(group)
-                group["unclipped"] = group["unclipped"] if fraction is None else fraction
-        skipped = torch.as_tensor(self._skipped)
-        self._telemetry.after_refresh(prepared, norm, fraction, skipped, int(self.param_groups[0]["refreshes"]) + 1)
+    def _tell(self, sums, norm, fraction):
+        """Send what this refresh has to say, and set a rho that is "auto"."""
+        first = self.param_groups[0]
+        auto = first["target_unclipped"] is not None
+        earlier = self._telemetry.receive(wait=True) if auto else None
+        solved = self._telemetry.after_refresh(sums, norm, fraction, torch.as_tensor(self._skipped), first)
+        if auto:
+            factor = move(first, earlier, solved)
+            for group in self.param_groups:
+                rho = torch.as_tensor(group["rho"], dtype=torch.float64) * factor
+                group |= {"rho": rho.clamp(SMALLEST, LARGEST), "rho_solved": solved}
 
     def metrics(self) -> dict[str, float]:
         """{name: number} for a logger, as of the last refresh whose numbers have arrived: the host never waits.
 
         unclipped: fraction of elements with |m| < d in the step before it. rho: of the first group. refresh_grad_norm:
-        2-norm of the gradient of the sampled labels (SophiaG) or of Hu (SophiaH). h_q10, h_q50, h_q90: quantiles of
-        `h`. update_grad_cosine: of the update, apart from decay, and the gradient of that step; 1 is plain descent.
-        refreshes, skipped: how many, and how many of them were not finite. Quantiles and cosine are of some 65,536
-        elements spread evenly over all parameters; where these are sharded, over this process's part of them. What is
-        not finite or not known is left out; empty before the first refresh.
+        2-norm of the gradient of the sampled labels (SophiaG) or of Hu (SophiaH). h_q10, h_q50, h_q90: quantiles of the
+        `h` of that step, to within 9 % (they come from counts in bins 2^(1/8) apart, from 2^-128 to 2^64).
+        update_grad_cosine: of the update, apart from decay, and the gradient of that step; 1 is plain descent.
+        refreshes, skipped: how many, and how many of them were not finite. All speak for all processes, quantiles and
+        cosine by some 65,536 elements spread evenly over all parameters. What is not finite or not known is left out;
+        empty before the first refresh.
         """
         told = self._telemetry.receive()
         told = {"rho": float(self.param_groups[0]["rho"]), **told} if told else {}

@@ -133,7 +133,7 @@ def _scored(model, call, known, logits, mask, likelihood):
         found = {paths[0] if paths else (): z}
     scored = call.scored or _of_own_loss(model, call, output, found, logits, known)
     if len(found) > 1:
-        read = {path: t for path, t in found.items() if path in scored and not scored[path].silent}
+        read = {path: t for path, t in found.items() if path in scored and not scored[path].empty()}
         found = read or found
     if len(found) != 1:
         names = ", ".join(".".join(map(str, path)) for path in found)
@@ -155,8 +155,6 @@ def _scored(model, call, known, logits, mask, likelihood):
                 f"{tuple(z.shape)} is scored by: pass {_HOW}"
             )
         told = dataclasses.replace(told, rows=None)
-    if told.silent and mask is not None and path in known:
-        told = known[path]
     if told.silent:
         return z, told
     if told.likelihood is None:

@@ -7,6 +7,7 @@ would be wrong in silence is refused by name.
 """
 
 import contextlib
+import functools
 import gc
 import math
 import sys
@@ -41,13 +42,30 @@ def without_ddp(model):
     return model, None
 
 
-def world_size():
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+def group_of(model, given):
+    """The process group of those that train copies or shards of the model, None for all. given: what the user says."""
+    _, group = without_ddp(model)
+    if given is None:
+        return group
+    if not dist.is_available() or not isinstance(given, dist.ProcessGroup):
+        raise TypeError(
+            f"process_group is {type(given).__name__}, expected a torch.distributed.ProcessGroup with this process"
+        )
+    if group not in (None, given) or any(map(is_sharded, model.parameters())):
+        raise ValueError(
+            "process_group is given for a model that DDP or fully_shard spreads over processes, expected None: the "
+            "wrapper's is taken"
+        )
+    return given
 
 
-def speaks():
-    """Whether this is the process that warns for all."""
-    return world_size() == 1 or dist.get_rank() == 0
+def world_size(group=None):
+    return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
+
+
+def speaks(group=None):
+    """Whether this is the process that warns for all of the group."""
+    return world_size(group) == 1 or dist.get_rank(group) == 0
 
 
 def in_backward():
@@ -174,6 +192,14 @@ def sum_over_shards(value, p):
     return value
 
 
+@functools.cache
+def _host_group(group):
+    """Of the processes of `group`, one that takes the host's tensors: NCCL's takes none, and has the host wait."""
+    if _device_for(torch.device("cpu"), group).type == "cpu" or not dist.is_gloo_available():
+        return group
+    return dist.new_group(dist.get_process_group_ranks(group), backend="gloo", use_local_synchronization=True)
+
+
 def _sum(value, group):
     there = value.to(_device_for(value.device, group), copy=True)
     dist.all_reduce(there, group=group)
@@ -197,11 +223,12 @@ class Processes:
     then `sum_` on what it leaves in `.grad`, and `agree`: nothing else waits for another process.
     """
 
-    def __init__(self, optimizer, owner, model=None):
-        self.module, self._group = (None, None) if model is None else without_ddp(model)
+    def __init__(self, optimizer, owner, model=None, process_group=None):
+        self.module, _ = (None, None) if model is None else without_ddp(model)
+        self._group = process_group
         self._owner = owner
         self.params = [p for group in (owner or optimizer).param_groups for p in group["params"]]
-        self.size = 1 if model is None else world_size() if self._group is None else self._group.size()
+        self.size = 1 if model is None else world_size(process_group)
         meshes = {p.device_mesh for p in self.params if is_sharded(p)}
         if meshes:
             mesh = meshes.pop()
@@ -246,7 +273,7 @@ class Processes:
     def rows(self, own, batches):
         """(rows that come before this process's in the whole batch, rows of the whole batch).
 
-        own: rows of this process's batch; batches: how many it has left. With NCCL alone the host waits for the device.
+        own: rows of this process's batch; batches: how many it has left. Hosts wait for each other, not for a device.
         """
         rows, left = self._exchange(own, batches)
         if min(rows) < 0:
@@ -261,7 +288,7 @@ class Processes:
             return [[n] for n in numbers]
         table = torch.zeros(len(numbers), self.size, dtype=torch.int64)
         table[:, self._rank] = torch.tensor(numbers)
-        return _sum(table, self._group).tolist()
+        return _sum(table, _host_group(self._group or dist.group.WORLD)).tolist()
 
     def sum_(self):
         """Make `.grad` the sum over the processes; of DTensors, FSDP2 has summed it already.
@@ -294,10 +321,9 @@ class Processes:
             return 1 / math.prod(copies)
         return 1 if self._owner else 1 / self.size
 
-    def agree(self, *numbers):
-        """Sums over the processes of 0-d tensors, as float64 on the device of the first: one all-reduce."""
-        own = torch.stack([n.to(numbers[0].device, torch.float64) for n in numbers])
-        return (own if self.size == 1 else _sum(own, self._group)).unbind()
+    def agree(self, own):
+        """The sum over the processes of a tensor: the one reduction of a refresh beside that of gradients."""
+        return own if self.size == 1 else _sum(own, self._group)
 
     def check_replicas(self):
         """Raise unless all processes hold the same parameters, bit for bit, where they do not hold shards of one.
@@ -322,7 +348,7 @@ class Processes:
             raise RuntimeError(
                 f"curvature refresh: parameters {different[:5]} of the optimizer are not the same on all processes; "
                 "expected copies that train in step (DDP) or shards (fully_shard): expert and pipeline parallel "
-                "models, and independent ones, are not supported"
+                "models are not supported; models that are independent are attached with process_group="
             )
 
     @contextlib.contextmanager

@@ -54,7 +54,8 @@ class Scored:
     """What the gradient at an output says. likelihood None: neither cross-entropy nor binary cross-entropy.
 
     rows: bool, True where the loss reads the output: shaped as it without `axis`, that of the classes; elementwise
-    where axis is None. None: all. certain: whether g is that of one label a row. silent: g is zero, or not finite.
+    where axis is None. None: all. certain: whether g is that of one label a row. silent: g is zero or not finite, where
+    nothing was known before.
     gradient: g itself where it tells no likelihood, to find the rows once the user has said which.
     """
 
@@ -65,16 +66,23 @@ class Scored:
     silent: bool = False
     gradient: torch.Tensor | None = None
 
+    def empty(self) -> bool:
+        """Whether no row counts. The host waits for the device."""
+        return self.silent or self.rows is not None and not self.rows.any()
+
 
 def read(z: torch.Tensor, g: torch.Tensor, known: Scored | None = None) -> Scored:
-    """What g, the gradient of the training loss at z, says. known: what is known already, so that only rows are new."""
-    if not g.sum().isfinite() or not g.any():
-        return Scored(silent=True)
+    """What g, the gradient of the training loss at z, says. known: what is known already, so that only rows are new.
+
+    Only where nothing is known does the host wait for the device.
+    """
     if known is None:
+        if not g.sum().isfinite() or not g.any():
+            return Scored(silent=True)
         known = _told(z, g)
     if known.likelihood is None:
         return dataclasses.replace(known, gradient=g)
-    return dataclasses.replace(known, rows=nonzero(g, known.axis))
+    return dataclasses.replace(known, rows=nonzero(g, known.axis) & g.sum().isfinite())
 
 
 def _told(z, g):

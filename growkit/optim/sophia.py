@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch.optim.optimizer import ParamsT
@@ -13,6 +13,9 @@ from growkit.optim import curvature
 from growkit.optim.base import SophiaBase
 from growkit.optim.likelihood import Likelihood, check
 from growkit.optim.options import Rounding, StateDtype, check_callable
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup  # missing where torch is built without
 
 
 class SophiaG(SophiaBase):
@@ -32,7 +35,7 @@ class SophiaG(SophiaBase):
         step, which makes the state, before compiling.
     betas: EMA factors of the gradient, per step, and of the curvature, per refresh.
     rho: dimensionless; larger rho clips fewer elements. About 0.03 to 0.2; watch `metrics()["unclipped"]`. "auto"
-        starts at 0.04 and brings that fraction to `target_unclipped`.
+        starts at 0.04 and holds the fraction of elements that are not clipped at `target_unclipped`.
     weight_decay: decoupled, applied before the step.
     bs: labels per optimizer step in the official code, which multiplies h by it at use. `attach` and `refresh` count
         labels themselves and store h so that bs cancels; with bare `update_hessian()` it must be the number of labels.
@@ -44,9 +47,11 @@ class SophiaG(SophiaBase):
     clip_grad_norm: clip the 2-norm of all gradients together to this, in place of torch.nn.utils.clip_grad_norm_:
         `.grad` stays as it is, and the step reads it once less. A step whose norm is not finite is skipped, counted
         in stats()["skipped_steps"]. Refreshes are not clipped.
-    target_unclipped: a fraction between 0 and 1, 0.2 with rho="auto": each refresh multiplies rho by
-        sqrt(target_unclipped/unclipped), at most by 2 either way, going by what the refresh before it told. With a
-        number for rho it starts there; None leaves rho as it is. Group keys hold all of it.
+    target_unclipped: a fraction between 0 and 1, 0.1 with rho="auto". Each refresh solves for the rho that leaves this
+        fraction of the elements with a gradient unclipped (at most 0.9 of those with h > 0), a quantile of
+        |m|/(bs*h). The first one that finds an h sets it; the others take rho half-way, on a logarithmic scale, to
+        what the refresh before them solved. With a number for rho it starts there; None leaves rho as it is. Groups
+        keep the ratios of their rho. Group keys hold all of it.
     bf16_update: how bfloat16 parameters take a float32 result: "stochastic" rounding (unbiased, default), a float32
         "master" copy in the state, or "nearest" (small updates vanish). float16 parameters always keep a master copy.
     state_dtype: of m and h: None is float32, or wider for wider parameters; torch.bfloat16 halves the memory of both:
@@ -94,6 +99,7 @@ class SophiaG(SophiaBase):
         every: int = 10,
         *,
         phase: str = "paper",
+        process_group: ProcessGroup | None = None,
         logits: Callable[[Any], torch.Tensor] | None = None,
         mask: Callable[[tuple, dict], torch.Tensor] | None = None,
         likelihood: Likelihood | None = None,
@@ -105,27 +111,33 @@ class SophiaG(SophiaBase):
         logits, mask, likelihood: as for `refresh`; none is needed where the loss is a cross-entropy or binary
         cross-entropy with logits of one output, in the model or outside: the gradient that training sends to the
         output says which of its rows count, and along which axis the classes lie.
+        process_group: the processes that train this model together, by default those of DDP or fully_shard, or else
+        all. For models that are independent (ensembles, actors), `torch.distributed.new_group([rank],
+        use_local_synchronization=True)` of each process alone, or of those that share one.
 
         The refresh is one more forward and backward of that batch, at the weights it was trained at; h is folded in
         after the step. It is kept so that rho*bs*h = rho*EMA(N*g^2) for N labels, whatever `bs` is, which therefore has
         to stay as it is. Inputs are copied where a refresh is due, without their graph.
         Raises RuntimeError if already attached (`detach` undoes it), ValueError for a model with none of the parameters
-        of this optimizer. The first step() raises TypeError, with nothing changed, where likelihood= is needed.
+        of this optimizer, or whose wrapper has a process group of its own beside the one that is given. The first
+        step() raises TypeError, with nothing changed, where likelihood= is needed.
         """
-        self._attach(model, every, phase, self._options(logits, mask, likelihood))
+        self._attach(model, every, phase, process_group, self._options(logits, mask, likelihood))
 
     def refresh(
         self,
         model: torch.nn.Module,
         batches: Iterable,
         *,
+        process_group: ProcessGroup | None = None,
         logits: Callable[[Any], torch.Tensor] | None = None,
         mask: Callable[[tuple, dict], torch.Tensor] | None = None,
         likelihood: Likelihood | None = None,
     ) -> None:
         """Refresh the curvature now, on all of `batches` (an iterable of model inputs), as one estimate.
 
-        A mapping is passed to the model by keyword, a tuple or list by position. Whatever else the refresh touches is
+        A mapping is passed to the model by keyword, a tuple or list by position. process_group: as for `attach`, by
+        default that which the optimizer is attached with. Whatever else the refresh touches is
         as before afterwards: gradients, hooks of parameters, buffers and attributes of modules, random states, inputs.
         A refresh that is not finite or has no labels is skipped and counted in `stats()`. The gradient of the sampled
         labels is not clipped.
@@ -140,7 +152,7 @@ class SophiaG(SophiaBase):
         N counts rows for "categorical", elements for the others. Label smoothing, weights, auxiliary losses are no part
         of the likelihood, and of the estimate.
         """
-        self._refresh(model, batches, self._options(logits, mask, likelihood))
+        self._refresh(model, batches, process_group, self._options(logits, mask, likelihood))
 
     def _options(self, logits, mask, likelihood):
         check_callable(logits=logits, mask=mask)
@@ -212,25 +224,31 @@ class SophiaH(SophiaBase):
         every: int = 10,
         *,
         phase: str = "paper",
+        process_group: ProcessGroup | None = None,
         loss: Callable[[Any], torch.Tensor] | None = None,
     ) -> None:
         """Let step() refresh the curvature by itself, on the model's last training batch, with no change to the loop.
 
-        model, every, phase: as for SophiaG. loss(output): the training loss, by default the model output's `loss`.
-        The refresh is one more forward and two backwards of that batch, at the weights it was trained at; h is folded
-        in after the step. Raises as SophiaG's.
+        model, every, phase, process_group: as for SophiaG. loss(output): the training loss, by default the model
+        output's `loss`. The refresh is one more forward and two backwards of that batch, at the weights it was trained
+        at; h is folded in after the step. Raises as SophiaG's.
         """
-        self._attach(model, every, phase, self._options(loss))
+        self._attach(model, every, phase, process_group, self._options(loss))
 
     def refresh(
-        self, model: torch.nn.Module, batches: Iterable, *, loss: Callable[[Any], torch.Tensor] | None = None
+        self,
+        model: torch.nn.Module,
+        batches: Iterable,
+        *,
+        process_group: ProcessGroup | None = None,
+        loss: Callable[[Any], torch.Tensor] | None = None,
     ) -> None:
         """Refresh the curvature now, on all of `batches`, as one estimate of the mean loss over them.
 
-        Batches as for SophiaG. loss(output): the training loss, by default the model output's `loss`, or its only
-        scalar. Raises TypeError where there is none, ValueError where it has no second derivative.
+        batches, process_group: as for SophiaG. loss(output): the training loss, by default the model output's `loss`,
+        or its only scalar. Raises TypeError where there is none, ValueError where it has no second derivative.
         """
-        self._refresh(model, batches, self._options(loss))
+        self._refresh(model, batches, process_group, self._options(loss))
 
     def _options(self, loss):
         check_callable(loss=loss)

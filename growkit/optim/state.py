@@ -68,8 +68,9 @@ def coded(values, codes):
 
 
 def _scale_shape(x):
-    """Of the scales of 8-bit codes x: [blocks, 2], or [rows, blocks, 2] where x is cut into shards between rows."""
-    if distributed.is_sharded(x):
+    """Of the scales of 8-bit codes x: [rows, blocks, 2] where no block spans rows, so that x may be cut into shards
+    between them, of a file or of processes, and its scales with it; else [blocks, 2]."""
+    if x.dim() and not x.shape[1:].numel() % reference.CODES_PER_SCALE:
         return x.shape[0], x.shape[1:].numel() // reference.CODES_PER_SCALE, 2
     return -(-x.numel() // reference.CODES_PER_SCALE), 2
 

@@ -1,13 +1,13 @@
-"""How a run fares, told without making the host wait: warnings, metrics, and what rho="auto" goes by.
+"""How a run fares, told without making the host wait: warnings, metrics, and the rho of rho="auto".
 
-Everything is formed on the device at a refresh and copied to pinned memory behind an event. Warnings and metrics take
-what has arrived; only rho="auto" would wait, at the next refresh, for a copy that was sent at the last one.
+Counts and sums are formed on the device, added up over the processes in a refresh's one reduction, and copied to pinned
+memory behind an event. Warnings and metrics take what has arrived; rho="auto" goes by what was sent a refresh ago, and
+waits for the device only when it is solved for the first time.
 """
 
-import math
+import functools
 
 import torch
-from torch.nn.functional import cosine_similarity
 
 from growkit import reference
 from growkit.reference.sophia8bit import CODES_PER_SCALE
@@ -16,11 +16,16 @@ from growkit.reference.sophia8bit import CODES_PER_SCALE
 SAMPLE = 1 << 16
 QUANTILES = {"h_q10": 0.1, "h_q50": 0.5, "h_q90": 0.9}
 
-# rho="auto": what it stands for, the middle of the official range and of what the authors call healthy; how far one
-# refresh moves rho; and how far all of them, for where h stays 0 no rho is large enough.
-START, TARGET = 0.04, 0.2
-GAIN, LIMIT = 0.5, math.log(2)
+# rho="auto": what it starts from, the middle of the official range; the fraction of elements that it is to leave
+# unclipped, the lower end of what the authors call healthy; at most how many of those with curvature that may take; how
+# far a refresh takes log(rho) towards what the one before it solved; and how far rho may get.
+START, TARGET, MOST, GAIN = 0.04, 0.1, 0.9, 0.5
 SMALLEST, LARGEST = START / 1e5, START * 1e5
+
+# Quantiles come from counts of the elements up to each of these edges, 2^(1/8) apart: of h, and of |m|/(rho*bs*h).
+_PER_OCTAVE = 8
+_H_OCTAVES, _FACTOR_OCTAVES = (-128, 64), (-32, 32)
+_COSINE = 3  # sums: u.g, u.u, g.g
 
 
 class Telemetry:
@@ -29,37 +34,66 @@ class Telemetry:
     def __init__(self):
         self._sent = None  # (events, {name: copy on the host}) of the last refresh
         self._arrived = {}  # {name: number} of the last refresh whose copies are known to be there
-        self._cosine = None
+        self._products = []  # (a parameter of the bucket, u.g, u.u and g.g) for each bucket of the last due step
         self._all_clipped = False
 
-    def after_due_step(self, prepared, denominator):
-        """Keep the cosine of the update just taken, apart from decay, and the gradient it was taken for."""
-        updates, gradients = [], []
-        for group, (m, h, g) in _samples(prepared, "exp_avg", "hessian", "g"):
+    def after_due_step(self, prepared, denominator, elements):
+        """Keep what the cosine of the update u just taken, apart from decay, and the gradient g is formed from.
+
+        elements: of all parameters, whole and on all processes.
+        """
+        self._products = []
+        for group, bucket, (m, h, g) in _samples(prepared, elements, "exp_avg", "hessian", "g"):
             d = float(group["rho"]) * float(group["bs"]) * h
             d = d + group["eps"] if denominator == "add" else d.clamp(min=group["eps"])
-            updates.append((m / d).clamp(-1, 1))
-            gradients.append(-g if group["maximize"] else g)
-        home = updates[0].device if updates else None
-        u, g = (torch.cat([t.to(home) for t in each]) if each else None for each in (updates, gradients))
-        # Two units, so that no square of a small gradient is lost.
-        self._cosine = None if u is None else cosine_similarity(_unit(u), _unit(g), dim=0, eps=0.0)
+            # In double, for squares of small gradients vanish in float32.
+            u, g = (m / d).clamp(-1, 1).double(), g.double() * (-1 if group["maximize"] else 1)
+            self._products.append((bucket["whole"], torch.stack([u @ g, u @ u, g @ g])))
 
-    def after_refresh(self, prepared, gradient_norm, fraction, skipped, refreshes):
-        """Send the metrics of a refresh on their way to the host.
+    def sums(self, prepared, elements, share, device):
+        """What metrics and rho are formed from, as a vector to be summed over the processes.
 
-        gradient_norm, fraction (of elements not clipped, or None), skipped: 0-d tensors.
+        It is made before the estimate is folded in, so it speaks of the h that the last steps went by. share(p): what
+        a sum over a parameter's elements on this process counts for in the sum over all.
         """
-        h = [h for _, (h,) in _samples(prepared, "hessian")]
-        if h:
-            h = torch.cat([t.to(h[0].device) for t in h])
-            h = h.quantile(torch.tensor(list(QUANTILES.values()), dtype=h.dtype).to(h.device))
-        values = {"skipped": skipped, "refresh_grad_norm": gradient_norm, **dict(zip(QUANTILES, h, strict=False))}
-        values |= {"unclipped": fraction, "update_grad_cosine": self._cosine}
-        values = {name: value for name, value in values.items() if value is not None}
-        copies = {name: _on_its_way(value) for name, value in values.items()}
-        streams = {torch.cuda.current_stream(value.device) for value in values.values() if value.is_cuda}
-        self._sent = [stream.record_event() for stream in streams], {"refreshes": refreshes, **copies}
+        h_edges, factor_edges = _edges(device)
+        products = torch.zeros(_COSINE, dtype=torch.float64, device=device)
+        for p, own in self._products:
+            products += share(p) * own.to(device)
+        counts = torch.zeros(3 + len(h_edges) + len(factor_edges), dtype=torch.float64, device=device)
+        for group, bucket, (m, h) in _samples(prepared, elements, "exp_avg", "hessian"):
+            m, h = m.to(device).abs().double(), h.to(device).double()
+            moved, curved = m != 0, (m != 0) & (h > 0)
+            factor = torch.where(curved, m / (h * (float(group["rho"]) * float(group["bs"]))), float("inf"))
+            numbers = torch.stack([torch.full_like(moved.sum(), len(h)), moved.sum(), curved.sum()])
+            counts += share(bucket["whole"]) * torch.cat([numbers, _up_to(h_edges, h), _up_to(factor_edges, factor)])
+        return torch.cat([products, counts])
+
+    def after_refresh(self, sums, gradient_norm, fraction, skipped, group):
+        """Send the metrics of a refresh on their way to the host. Returns the rho that its sums solve for, or 0.
+
+        sums: `self.sums` of all processes. gradient_norm, fraction (of elements not clipped, or None), skipped: 0-d
+        tensors. group: the first one, as it was in the step before.
+        """
+        h_edges, factor_edges = _edges(sums.device)
+        (ug, uu, gg), (n, moved, curved), up_to_h, up_to_factor = sums.split(
+            [_COSINE, 3, len(h_edges), len(factor_edges)]
+        )
+        levels = torch.stack([level * n for level in QUANTILES.values()])
+        found = dict(zip(QUANTILES, _at(levels, up_to_h, h_edges).unbind(), strict=True))
+        values = {"skipped": skipped, "refresh_grad_norm": gradient_norm, "unclipped": fraction}
+        values |= {"update_grad_cosine": ug / (uu * gg).sqrt()}
+        refreshes = int(group["refreshes"])
+        values |= found if refreshes else {}  # h is 0 before the first
+        if group["target_unclipped"] is not None:
+            # What has no gradient is unclipped under any rho, and what has no curvature under none.
+            level = torch.minimum(group["target_unclipped"] * moved, MOST * curved)
+            rho = float(group["rho"]) * _at(level[None], up_to_factor, factor_edges)[0]
+            values["rho_solved"] = torch.where(curved > 0, rho.clamp(SMALLEST, LARGEST), 0.0)
+        copies = {name: _on_its_way(value) for name, value in values.items() if value is not None}
+        streams = {torch.cuda.current_stream(v.device) for v in values.values() if v is not None and v.is_cuda}
+        self._sent = [stream.record_event() for stream in streams], {"refreshes": refreshes + 1, **copies}
+        return values.get("rho_solved")
 
     def receive(self, wait=False):
         """{name: number} of the last refresh whose numbers have arrived, or with `wait` of the last one."""
@@ -94,45 +128,63 @@ class Telemetry:
             )
         self._all_clipped = all_clipped
 
-    def control(self, group):
-        """The rho of the steps to come: rho * (target/unclipped)^GAIN, by at most a factor of 2.
 
-        It goes by the step before the last refresh: how the present one fares is told at the next.
-        """
-        told = self.receive(wait=True)
-        seen = told.get("unclipped", -1.0) if told else float(group["unclipped"])  # of a file
-        rho = torch.as_tensor(group["rho"], dtype=torch.float64)  # or a number that a schedule set
-        if seen < 0:
-            return rho
-        move = GAIN * math.log(group["target_unclipped"] / seen) if seen else LIMIT
-        return (rho * math.exp(max(-LIMIT, min(LIMIT, move)))).clamp(SMALLEST, LARGEST)
+def move(group, told, solved):
+    """The factor of rho for the steps to come: (aim/rho)^GAIN, the aim being what the refresh before this one solved.
 
-
-def _unit(x):
-    return x / x.abs().amax().clamp(min=torch.finfo(x.dtype).tiny)
+    told: by that refresh, empty where it belongs to a file. solved: what this one found, 0 while h is 0: the first that
+    is not is taken as it is, and waited for.
+    """
+    aim, gain = told.get("rho_solved", 0.0) if told else float(group["rho_solved"]), GAIN
+    if aim == 0:
+        aim, gain = float(solved), 1.0
+    rho = max(float(group["rho"]), SMALLEST)  # a schedule may have set it
+    return (aim / rho) ** gain if aim > 0 else 1.0
 
 
-def _samples(prepared, *names):
-    """(group, [elements of each list]) for each bucket: the same elements of every list, about SAMPLE in all."""
-    total = sum(t.numel() for _, buckets in prepared for bucket in buckets for t in bucket["p"])
-    every = max(1, total // SAMPLE)
+def _samples(prepared, elements, *names):
+    """(group, bucket, [elements of each list]) for each bucket: the same of every list, SAMPLE of all or a few more.
+
+    elements: of all parameters. Which ones are taken does not depend on how they are spread over processes.
+    """
+    every = max(1, elements // SAMPLE)
     for group, buckets in prepared:
         for bucket in buckets:
-            # Codes go by whole blocks, so everything beside them does.
-            blocks = "exp_avg_scale" in bucket
-            yield group, [torch.cat(list(_picked(bucket, name, every, blocks))) for name in names]
+            yield group, bucket, [torch.cat(list(_picked(bucket, name, every))) for name in names]
 
 
-def _picked(bucket, name, every, blocks):
+def _picked(bucket, name, every):
+    # Codes go by whole blocks, so everything beside them does.
+    unit = CODES_PER_SCALE if "exp_avg_scale" in bucket else 1
     scales = bucket.get(name + "_scale", [None] * len(bucket[name]))
-    for t, scale in zip(bucket[name], scales, strict=True):
-        t = t.reshape(-1)
-        if blocks:
-            whole = t[: len(t) // CODES_PER_SCALE * CODES_PER_SCALE].view(-1, CODES_PER_SCALE)[::every]
-            t = whole if scale is None else reference.dequantise(whole, scale[: len(t) // CODES_PER_SCALE][::every])
-            yield t.reshape(-1).float()
-        else:
-            yield t[::every].float()
+    offsets = bucket["key"].get("offset", [0] * len(bucket[name]))
+    for t, scale, offset in zip(bucket[name], scales, offsets, strict=True):
+        n, first = t.numel() // unit, -(offset // unit) % every
+        t = t.reshape(-1)[: n * unit].view(n, unit)[first::every]
+        yield (t if scale is None else reference.dequantise(t, scale[first:n:every])).reshape(-1).float()
+
+
+@functools.cache
+def _edges(device):
+    """Of the bins that h is counted in, whose sign may be either, and of those of |m|/(rho*bs*h)."""
+    h, factor = (
+        torch.arange(low * _PER_OCTAVE, high * _PER_OCTAVE + 1, dtype=torch.float64).div(_PER_OCTAVE).exp2()
+        for low, high in (_H_OCTAVES, _FACTOR_OCTAVES)
+    )
+    return torch.cat([-h.flip(0), h.new_zeros(1), h]).to(device), factor.to(device)
+
+
+def _up_to(edges, x):
+    """How many elements of x are at most each of the edges."""
+    return torch.searchsorted(x.sort().values, edges, right=True).double()
+
+
+def _at(levels, up_to, edges):
+    """Where the count `up_to` of elements reaches each of the levels: within a bin, as if they were spread evenly."""
+    j = torch.searchsorted(up_to, levels).clamp(1, len(edges) - 1)
+    below, above, low, high = up_to[j - 1], up_to[j], edges[j - 1], edges[j]
+    part = ((levels - below) / (above - below).clamp(min=torch.finfo(levels.dtype).tiny)).clamp(0, 1)
+    return torch.where(high == 0, 0.0, low + part * (high - low))
 
 
 def _on_its_way(value):

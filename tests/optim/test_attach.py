@@ -10,9 +10,10 @@ import torch
 from optim import runs
 from optim.runs import BOTH, DECLARED, LABELS, LOSS, TOKENS, estimate, forward_backward, language_model, loop, mlp
 from torch import nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from growkit.optim import SophiaG, SophiaH, gaussian
+from growkit.optim import SophiaG, SophiaH, attach, gaussian
 from growkit.optim.replay import replaying
 
 
@@ -374,3 +375,45 @@ def test_training_with_attach_lowers_the_loss():
             losses.append(loss.item())
         assert losses[-1] < 0.4 * losses[0]
         assert 0 < optimizer.stats()["unclipped"] < 1
+
+
+class Waits(TorchDispatchMode):
+    """Operators whose result depends on values, for which the host would wait, but for those that read `known`."""
+
+    def __init__(self, known):
+        super().__init__()
+        self.known, self.found = {t.data_ptr() for t in known}, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        reading = name in ("_local_scalar_dense", "nonzero", "masked_select", "equal", "bincount")
+        reading |= name == "index" and any(t is not None and t.dtype == torch.bool for t in args[1])
+        if reading and args[0].data_ptr() not in self.known:
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+LIKELIHOODS = {
+    "categorical": lambda z: cross_entropy(z, torch.tensor([0, 1, 2, -100, -100, 0])),
+    "bernoulli": lambda z: binary_cross_entropy_with_logits(z, torch.arange(18.0).view(6, 3) % 2),
+    "gaussian": lambda z: z.square().mean(),
+}
+
+
+@pytest.mark.parametrize("kind", LIKELIHOODS)
+def test_only_the_first_refresh_waits_to_learn_what_the_loss_scores(kind):
+    model = mlp()
+    optimizer = SophiaG(model.parameters(), 1e-3)
+    optimizer.attach(model, every=1, likelihood=gaussian(1.0) if kind == "gaussian" else None)
+    found = []
+    for step in range(3):
+        optimizer.zero_grad()
+        loss = LIKELIHOODS[kind](model(torch.randn(6, 4, generator=torch.Generator().manual_seed(step))))
+        counters = [v for group in optimizer.param_groups for v in group.values() if isinstance(v, torch.Tensor)]
+        with Waits(counters) as waits:
+            loss.backward()
+            at = optimizer._attachment
+            attach.estimate(optimizer, model, [at.call], at.process_group, at.options, at.known)
+        found.append(waits.found)
+        optimizer.step()
+    assert found[0] and not found[1] and not found[2], found

@@ -2,14 +2,16 @@
 
 import functools
 import warnings
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from growkit.bench import loops
-from growkit.optim import SophiaG, SophiaH, distributed
+from growkit.optim import SophiaG, SophiaH, distributed, telemetry
 
 # --- what runs on the processes ---
 
@@ -29,18 +31,19 @@ def drive(cls, dtype, options, shard=None):
     shard = shard or (lambda tensors: tensors)
     ps = [nn.Parameter(p) for p in shard([torch.randn(s, generator=make).to(dtype) for s in shapes])]
     optimizer = cls(ps, 1e-2, rho=30.0, **({"bs": 1} if cls is SophiaG else {}), **options)
-    for step in range(6):
-        for p, g in zip(ps, shard([torch.randn(s, generator=make).to(dtype) for s in shapes]), strict=True):
-            p.grad = g
-        optimizer.step()
-        if step % 3 == 0:
-            optimizer.update_hessian()
+    with mock.patch.object(telemetry, "SAMPLE", 1000):
+        for step in range(6):
+            for p, g in zip(ps, shard([torch.randn(s, generator=make).to(dtype) for s in shapes]), strict=True):
+                p.grad = g
+            optimizer.step()
+            if step % 3 == 0:
+                optimizer.update_hessian()
     values = [loops.whole(p) for p in ps]
     for p in ps:
         values += [
             loops.whole(optimizer.state[p][k]) for k in ("exp_avg", "hessian", "master") if k in optimizer.state[p]
         ]
-    return values, optimizer.stats()
+    return values, optimizer.stats(), optimizer.metrics()
 
 
 def driven(rank, world, cls, dtype, options):
@@ -189,29 +192,84 @@ def compiled_step(rank, world):
     return loops.result(model, optimizer)
 
 
-def collectives(rank, world):
-    """{what: small reductions that it takes}."""
+def ddp():
+    return nn.parallel.DistributedDataParallel(loops.new_model())
+
+
+WRAPPED = {"plain": loops.new_model, "DDP": ddp, "FSDP2": loops.fsdp2_model}
+
+
+class AllReduces(TorchDispatchMode):
+    """Counts the all-reduces of torch.distributed, whoever calls them."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.c10d.allreduce_.default
+        return func(*args, **(kwargs or {}))
+
+
+def collectives(rank, world, wrapped):
+    """({what: all-reduces that it takes}, number of parameters)."""
     counts = {}
-    model = loops.fsdp2_model()
-    optimizer = SophiaG(model.parameters())
+    model = WRAPPED[wrapped]()
+    optimizer = SophiaG(model.parameters(), rho="auto")
     clipping = SophiaG(model.parameters(), clip_grad_norm=1.0)
     batch = loops.batches(0, rank, world)[0]
-    reduce, taken = dist.all_reduce, []
     optimizer.refresh(model, [batch])  # the first one compares the processes' parameters
     model(**batch).loss.backward()
-    dist.all_reduce = lambda *args, **kwargs: (taken.append(1), reduce(*args, **kwargs))[1]
-    try:
-        for name, call in (
-            ("step", optimizer.step),
-            ("step that clips", clipping.step),
-            ("refresh", lambda: optimizer.refresh(model, [batch])),
-        ):
-            taken.clear()
+    for name, call in (
+        ("step", optimizer.step),
+        ("step that clips", clipping.step),
+        ("refresh", lambda: optimizer.refresh(model, [batch])),
+    ):
+        with AllReduces() as taken:
             call()
-            counts[name] = len(taken)
-    finally:
-        dist.all_reduce = reduce
-    return counts
+        counts[name] = taken.count
+    return counts, len(list(model.parameters()))
+
+
+def only_devices(rank, world):
+    """What a group exchanges whose backend takes no tensors of the host, as NCCL."""
+    model = nn.Linear(3, 4)
+    group = dist.new_group(backend="cuda:gloo")
+    processes = distributed.Processes(SophiaG(model.parameters()), None, model, group)
+    return processes.rows(5 + rank, 1)
+
+
+def told(rank, world, wrapped):
+    """(metrics, rho) after three refreshes, of few elements of all."""
+    model = WRAPPED[wrapped]()
+    optimizer = SophiaG(model.parameters(), lr=0.02, rho="auto", bs=1)
+    optimizer.attach(model, every=loops.EVERY)
+    with mock.patch.object(telemetry, "SAMPLE", 100):
+        loops.train(model, optimizer.step, rank=rank, world=world)
+    return optimizer.metrics(), float(optimizer.param_groups[0]["rho"])
+
+
+def independent(rank, world, cls):
+    """A model of its own on each process, trained as on one process."""
+    alone = dist.new_group([rank], use_local_synchronization=True)
+    model = loops.new_model()
+    optimizer = cls(model.parameters(), **loops.SETTINGS[cls])
+    optimizer.attach(model, every=loops.EVERY, process_group=alone)
+    if rank == 0:
+        loops.train(model, optimizer.step)
+    else:  # the other one's calls are not waited for
+        optimizer.refresh(model, loops.batches(0, 0, 1))
+    return loops.result(model, optimizer)
+
+
+def wrong_groups(rank, world):
+    alone = dist.new_group([rank], use_local_synchronization=True)
+    other = dist.new_group([0])  # which the second process is not in
+    models = [WRAPPED[each]() for each in ("DDP", "FSDP2")]
+    plain = loops.new_model()
+    return messages(
+        *(lambda model=model: SophiaG(model.parameters()).attach(model, process_group=alone) for model in models),
+        lambda: SophiaG(plain.parameters()).attach(plain, process_group=other),
+        lambda: SophiaG(plain.parameters()).refresh(plain, [1], process_group="gloo"),
+    )
 
 
 def warned(rank, world):
@@ -237,7 +295,7 @@ def new_fsdp2(cls):
 HALF = range(3), range(3, loops.STEPS)
 
 
-def saved(rank, world, cls, folder):
+def saved(rank, world, folder, cls):
     """An uninterrupted run that saves half-way, in shards and as whole tensors."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
@@ -253,7 +311,7 @@ def saved(rank, world, cls, folder):
     return loops.result(model, optimizer)
 
 
-def resumed(rank, world, cls, folder):
+def resumed(rank, world, folder, cls):
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
@@ -265,16 +323,57 @@ def resumed(rank, world, cls, folder):
     return loops.result(model, optimizer)
 
 
-def loaded_whole(rank, world, cls, folder):
+def loaded_whole(rank, world, folder, cls):
     """The files of one process, loaded by load_state_dict() into shards."""
     model, optimizer = new_fsdp2(cls)
-    state = torch.load(f"{folder}/plain.pt", weights_only=True)
+    state = torch.load(f"{folder}/float.pt", weights_only=True)
     with torch.no_grad():
         for name, p in model.named_parameters():
             p.copy_(distributed.shard_of(state["model"][name], p))
     optimizer.load_state_dict(state["optimizer"])
     loops.train(model, optimizer.step, steps=HALF[1], rank=rank, world=world)
     return loops.result(model, optimizer)
+
+
+def eight_bits(rank, world, folder, steps, to=None, of=None):
+    """Steps with 8-bit state, gone on with from checkpoint `of`, saved to `to`; one of whole tensors ends in .pt."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import distribute_tensor
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(256, 17), nn.Linear(17, 5))
+    if world > 1:
+        fully_shard(model, mesh=dist.init_device_mesh("cpu", (world,)))
+    optimizer = SophiaG(model.parameters(), 1e-2, state_dtype="8bit")
+    whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    if of is not None:
+        if of.endswith(".pt"):
+            state, options = torch.load(f"{folder}/{of}", weights_only=True), whole
+        else:
+            state, options = get_state_dict(model, optimizer), StateDictOptions()
+            dcp.load(dict(enumerate(state)), checkpoint_id=f"{folder}/{of}")
+        own, states = state
+        set_state_dict(model, optimizer, model_state_dict=own, optim_state_dict=states, options=options)
+    for step in steps:
+        make = torch.Generator().manual_seed(step)
+        for p in model.parameters():
+            g = torch.randn(p.shape, generator=make)
+            p.grad = distribute_tensor(g, p.device_mesh, p.placements) if world > 1 else g
+        optimizer.step()
+        if step % 2 == 0:
+            optimizer.update_hessian()
+    if to is not None:
+        dcp.save(dict(enumerate(get_state_dict(model, optimizer))), checkpoint_id=f"{folder}/{to}")
+        state = get_state_dict(model, optimizer, options=whole)
+        if rank == 0:
+            torch.save(state, f"{folder}/{to}.pt")
+    return [loops.whole(p) for p in model.parameters()]
+
+
+# By how many processes, what saved state is gone on with: of 2 processes ("shards"), or of one.
+EIGHT = {1: ["shards", "shards.pt", "plain"], 2: ["shards", "plain", "plain.pt"], 3: ["shards", "plain"]}
 
 
 def zero_resumed(rank, world, cls):
@@ -315,17 +414,22 @@ JOBS = {
     2: [
         *(("driven", cls, *kind) for cls in (SophiaG, SophiaH) for kind in KINDS.values()),
         *(("in_columns", dtype) for dtype in (torch.float32, torch.bfloat16)),
-        ("refused",), ("replicas_differ",), ("one_process_fails",), ("unequal_batches",), ("collectives",), ("warned",),
-        ("overflowing",),
+        ("refused",), ("replicas_differ",), ("one_process_fails",), ("unequal_batches",), ("warned",),
+        ("collectives", "FSDP2"), ("collectives", "DDP"), ("only_devices",), ("overflowing",),
+        ("told", "FSDP2"), ("told", "DDP"), ("independent", SophiaG), ("independent", SophiaH),
+        ("wrong_groups",),
         ("rows_cut_blocks",), ("zero_rounds",),
         *((job, cls) for cls in (SophiaG, SophiaH) for job in ("two_batches", "saved", "resumed")),
         ("zero_resumed", SophiaG), ("loaded_whole", SophiaG),
+        ("eight_bits", HALF[0], "shards"), *(("eight_bits", HALF[1], None, of) for of in EIGHT[2]),
         ("compiled_step",),  # after ZeRO: torch 2.10 cannot import that once it has compiled something
         ("in_backward",),  # last: it leaves DDP in the middle of a backward
     ],
     3: [
+        ("told", "FSDP2"),
         *(("driven", SophiaG, *KINDS[kind]) for kind in ("bfloat16, rounded stochastically", "8-bit state")),
         ("two_batches", SophiaG), ("resumed", SophiaG), ("resumed", SophiaH),
+        *(("eight_bits", HALF[1], None, of) for of in EIGHT[3]),
     ],
 }  # fmt: skip
 
@@ -341,14 +445,15 @@ def result(tmp_path_factory):
     optimizer = SophiaG(model.parameters(), **loops.SETTINGS[SophiaG])
     optimizer.attach(model, every=loops.EVERY)
     loops.train(model, optimizer.step, steps=HALF[0])
-    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, f"{folder}/plain.pt")
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, f"{folder}/float.pt")
+    eight_bits(0, 1, folder, HALF[0], "plain")
 
     @functools.cache
     def found(world):
         if world == 3:
             found(2)  # saves what 3 processes go on from
-        filed = "saved", "resumed", "loaded_whole"
-        jobs = [(__file__, *job, *([folder] if job[0] in filed else [])) for job in JOBS[world]]
+        filed = "saved", "resumed", "loaded_whole", "eight_bits"
+        jobs = [(__file__, job[0], *([folder] if job[0] in filed else []), *job[1:]) for job in JOBS[world]]
         return loops.spawn(jobs, world)
 
     def of(world, *job):
@@ -373,8 +478,8 @@ DRIVEN = [
 @pytest.mark.parametrize("world, cls, kind", DRIVEN)
 def test_a_shard_gets_the_bits_of_the_whole(world, cls, kind, result):
     dtype, options = KINDS[kind]
-    expected, stats = drive(cls, dtype, options)
-    for values, own in result(world, "driven", cls, dtype, options):
+    expected, stats, metrics = drive(cls, dtype, options)
+    for values, own, seen in result(world, "driven", cls, dtype, options):
         assert len(values) == len(expected)
         for value, e in zip(values, expected, strict=True):
             if kind == "clipped":  # by a norm that is summed in another order
@@ -382,6 +487,7 @@ def test_a_shard_gets_the_bits_of_the_whole(world, cls, kind, result):
             else:
                 assert torch.equal(value, e)
         assert own == stats
+        assert seen == pytest.approx(metrics, rel=1e-6)
 
 
 def test_shards_that_are_no_run_are_right_or_refused_before_anything_moves(result):
@@ -435,9 +541,42 @@ def test_a_refresh_on_several_batches_is_that_of_one_process(world, cls, result)
         assert loops.difference(each, expected) < loops.TOLERANCE
 
 
-def test_a_step_waits_for_nobody_and_a_refresh_takes_two_small_reductions(result):
-    for counts in result(2, "collectives"):
+def test_a_step_waits_for_nobody_and_a_refresh_takes_two_reductions_beside_its_gradients(result):
+    for counts, _ in result(2, "collectives", "FSDP2"):
         assert counts == {"step": 0, "step that clips": 1, "refresh": 2}
+    for counts, parameters in result(2, "collectives", "DDP"):
+        assert counts == {"step": 0, "step that clips": 0, "refresh": parameters + 2}
+
+
+def test_rows_are_exchanged_by_the_hosts(result):
+    assert result(2, "only_devices") == [(0, 11), (5, 11)]
+
+
+@pytest.mark.parametrize("world, wrapped", [(2, "FSDP2"), (3, "FSDP2"), (2, "DDP")])
+def test_metrics_and_rho_speak_for_all_processes(world, wrapped, result):
+    metrics, rho = told(0, 1, "plain")
+    assert metrics.keys() >= {"update_grad_cosine", "unclipped", "refresh_grad_norm", *telemetry.QUANTILES}
+    for seen, own in result(world, "told", wrapped):
+        assert seen == pytest.approx(metrics, rel=1e-6) and own == pytest.approx(rho, rel=1e-6)
+    assert rho != 0.04
+
+
+@pytest.mark.parametrize("cls", [SophiaG, SophiaH])
+def test_independent_models_each_have_a_process_group_of_their_own(cls, result):
+    trained, refreshed = result(2, "independent", cls)
+    assert loops.difference(trained, loops.plain(cls)) == 0
+    model = loops.new_model()
+    optimizer = cls(model.parameters(), **loops.SETTINGS[cls])
+    optimizer.refresh(model, loops.batches(0, 0, 1))
+    assert loops.difference(refreshed, loops.result(model, optimizer)) == 0
+
+
+def test_a_process_group_beside_that_of_a_wrapper_is_refused(result):
+    for rank, (of_ddp, of_fsdp, outside, text) in enumerate(result(2, "wrong_groups")):
+        assert "process_group is given for a model that DDP or fully_shard spreads" in of_ddp and of_ddp == of_fsdp
+        expected = "expected a torch.distributed.ProcessGroup with this process"
+        assert rank == 0 or expected in outside
+        assert "process_group is str" in text and expected in text
 
 
 def test_a_refresh_is_skipped_by_all_and_told_by_one(result):
@@ -538,3 +677,13 @@ def test_a_whole_file_of_shards_goes_on_in_one_process(result, tmp_path_factory)
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
     loops.train(model, optimizer.step, steps=HALF[1])
     assert loops.difference(loops.result(model, optimizer), loops.plain(SophiaG)) < loops.TOLERANCE
+
+
+@pytest.mark.parametrize("world, of", [(world, of) for world in EIGHT for of in EIGHT[world]])
+def test_8bit_state_goes_bit_for_bit_between_shards_and_plain_tensors(world, of, result, tmp_path_factory):
+    result(2, "eight_bits", HALF[0], "shards")
+    folder = next(tmp_path_factory.getbasetemp().glob("checkpoints*"))
+    expected = eight_bits(0, 1, folder, range(loops.STEPS))
+    job = HALF[1], None, of
+    for run in [eight_bits(0, 1, folder, *job)] if world == 1 else result(world, "eight_bits", *job):
+        assert all(map(torch.equal, run, expected))

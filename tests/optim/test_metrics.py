@@ -42,13 +42,8 @@ def test_metrics_are_those_of_the_last_refresh(cls):
     net = model()
     optimizer = attached(cls, net, lr=1e-2)
     assert optimizer.metrics() == {}
-    train(net, optimizer, 6)
-    found = optimizer.metrics()
-    group = optimizer.param_groups[0]
-    ps = list(net.parameters())
-    h = torch.cat([optimizer.state[p]["hessian"].flatten() for p in ps])
-    for name, level in telemetry.QUANTILES.items():
-        assert found[name] == pytest.approx(float(h.quantile(level)))
+    train(net, optimizer, 5)
+    assert not optimizer.metrics().keys() & telemetry.QUANTILES.keys()  # h was 0 before the only refresh
     # The step before the refresh: its update is what it moved, apart from decay. h was that of the refresh before.
     net = model()
     optimizer = attached(cls, net, lr=1e-2, weight_decay=0.0)
@@ -62,7 +57,10 @@ def test_metrics_are_those_of_the_last_refresh(cls):
     assert found["update_grad_cosine"] == pytest.approx(
         float(torch.cosine_similarity(update, gradient, dim=0)), abs=1e-3
     )
-    d = group["rho"] * group["bs"] * torch.cat([t.flatten() for t in old_h])
+    group, h = optimizer.param_groups[0], torch.cat([t.flatten() for t in old_h])
+    for name, level in telemetry.QUANTILES.items():
+        assert found[name] == pytest.approx(float(h.quantile(level)), rel=2**0.125 - 1)
+    d = group["rho"] * group["bs"] * h
     m = torch.cat([optimizer.state[p]["exp_avg"].flatten() for p in net.parameters()])
     assert found["unclipped"] == pytest.approx(float((m.abs() < d).double().mean()))
     assert {"refreshes": 2, "skipped": 0, "rho": group["rho"]}.items() <= found.items()
@@ -109,7 +107,7 @@ def test_a_sample_has_the_same_elements_of_every_list_and_few_of_a_large_tensor(
         optimizer.step()
         prepared = optimizer._buckets.prepare(optimizer.param_groups, optimizer.state)
         sizes = 0
-        for _, (g, m) in telemetry._samples(prepared, "g", "exp_avg"):
+        for _, _, (g, m) in telemetry._samples(prepared, optimizer._elements(), "g", "exp_avg"):
             torch.testing.assert_close(m, g * (1 - 0.965), rtol=0.02, atol=1.0)
             sizes += len(g)
         assert 900 < sizes < 1500
@@ -151,6 +149,7 @@ def test_what_has_not_arrived_is_neither_waited_for_nor_told_but_by_auto():
 @BOTH
 @pytest.mark.parametrize("factor", [0.01, 1, 100])
 def test_auto_brings_the_unclipped_fraction_to_its_target(cls, factor):
+    """From 100 times too small and too large: at once at the first refresh that finds an h, slowly after it."""
     net = model()
     optimizer = attached(cls, net, lr=1e-2, betas=(0.9, 0.9), rho=0.04 * factor, target_unclipped=0.3)
     rhos, seen = [], []
@@ -160,14 +159,17 @@ def test_auto_brings_the_unclipped_fraction_to_its_target(cls, factor):
         seen.append(optimizer.metrics().get("unclipped"))
     assert abs(sum(seen[-30:]) / 30 - 0.3) < 0.08
     assert loss < 1.0
-    assert all(abs(math.log(b / a)) < 0.7 for a, b in zip(rhos, rhos[1:], strict=False))
+    assert rhos[1] == rhos[2] and 1.5 < rhos[1] < 2.5
+    assert all(abs(math.log(b / a)) < 0.7 for a, b in zip(rhos[1:], rhos[2:], strict=False))
 
 
 @pytest.mark.parametrize("stop", [7, 11])
 def test_auto_goes_on_from_a_file_bit_for_bit(stop):
     whole = model()
     optimizer = attached(SophiaG, whole, lr=1e-2, rho="auto")
-    assert optimizer.param_groups[0]["rho"] == 0.04 and optimizer.param_groups[0]["target_unclipped"] == 0.2
+    assert (
+        optimizer.param_groups[0]["rho"] == 0.04 and optimizer.param_groups[0]["target_unclipped"] == telemetry.TARGET
+    )
     train(whole, optimizer, 30)
     net = model()
     optimizer = attached(SophiaG, net, lr=1e-2, rho="auto")
@@ -192,7 +194,7 @@ def test_a_file_with_a_number_for_rho_goes_on_under_auto():
     train(net, optimizer, 1)
     file = optimizer.state_dict()
     for group in file["param_groups"]:
-        del group["target_unclipped"], group["unclipped"]
+        del group["target_unclipped"], group["rho_solved"]
     loaded = SophiaG(net.parameters(), rho="auto")
     loaded.load_state_dict(file)
     assert torch.is_tensor(loaded.param_groups[0]["rho"]) and loaded.param_groups[0]["rho"] == 0.1
@@ -214,7 +216,7 @@ def test_bad_targets_are_named(options, words):
 def test_groups_have_one_target():
     weight, bias = nn.Linear(2, 2).parameters()
     SophiaG([{"params": [weight]}, {"params": [bias], "rho": 0.1}], target_unclipped=0.2)
-    with pytest.raises(ValueError, match="target_unclipped: None, expected 0.2 as in the first group"):
+    with pytest.raises(ValueError, match="target_unclipped: None, expected 0.1 as in the first group"):
         SophiaG([{"params": [weight], "rho": "auto"}, {"params": [bias]}])
 
 
