@@ -356,7 +356,7 @@ OTHERS = {
     "a model of its own on each process (ensembles, actors)": "right with `attach(model, process_group=...)`, the "
     "process's own: `torch.distributed.new_group([rank], use_local_synchronization=True)`",
     "experts, stages or slices of a model on each process, as plain tensors": "the first refresh raises: it compares "
-    "the processes' parameters bit for bit",
+    "the processes' parameters bit for bit, which was tried with such tensors",
     "shards that are no run of rows (`Shard(1)`)": "right in float32; refused by name where bits are drawn at random: "
     "bfloat16 rounding, 8-bit state, SophiaH",
     '`state_dtype="8bit"` on shards': "right where a row has a multiple of 256 elements, refused by name elsewhere. "
@@ -365,7 +365,9 @@ OTHERS = {
     "an optimizer for each parameter, stepping within the backward": "right on one process with `update_hessian()` in "
     "the hooks; refused where attached, and under DDP, which reduces gradients after the hooks",
     "distributed checkpoints": "right: saved by 2 processes and gone on with by 3; whole files go into shards and back",
-    "DeepSpeed ZeRO, Megatron-LM": "not tried",
+    "DeepSpeed ZeRO": "not tried",
+    "Megatron-LM": "not tried. Its `get_megatron_optimizer` takes no optimizer of one's own; its parallel layers hold "
+    "slices as plain tensors, the case above",
     "NCCL, CUDA, several machines": "not tried",
 }
 

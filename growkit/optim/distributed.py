@@ -347,8 +347,8 @@ class Processes:
         if different := (ends[: len(sums)] != -ends[len(sums) :]).nonzero().flatten().tolist():
             raise RuntimeError(
                 f"curvature refresh: parameters {different[:5]} of the optimizer are not the same on all processes; "
-                "expected copies that train in step (DDP) or shards (fully_shard): expert and pipeline parallel "
-                "models are not supported; models that are independent are attached with process_group="
+                "expected copies that train in step (DDP) or shards (fully_shard): tensor, expert and pipeline "
+                "parallel models are not supported; models that are independent are attached with process_group="
             )
 
     @contextlib.contextmanager
