@@ -386,35 +386,41 @@ def test_a_count_that_fails_is_no_count(monkeypatch):
 # --- regression runs -------------------------------------------------------------------------------------------------
 
 
-def regression_run(storage, *words, **environment):
+def regression_run(storage, *words):
     words = [
         "-q",
         "--benchmark-enable",
         "--benchmark-quiet",
         "--benchmark-compare-fail=median:50%",
-        "--rounds=1",
+        "--rounds=5",
         *words,
     ]
     return subprocess.run(
         [sys.executable, "-m", "pytest", "benchmarks", f"--benchmark-storage=file://{storage}", *words],
         cwd=ROOT,
         # Not a worker of pytest-xdist, in which pytest-benchmark measures nothing.
-        env={k: v for k, v in os.environ.items() if "XDIST" not in k} | {"OMP_NUM_THREADS": "1"} | environment,
+        env={k: v for k, v in os.environ.items() if "XDIST" not in k} | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
     )
 
 
-def test_a_slowed_kernel_fails_and_nothing_passes_in_silence(tmp_path):
+def test_a_slowed_kernel_fails_and_nothing_passes_in_silence(untraced, tmp_path, monkeypatch):
     """One run makes the baseline, the next is compared; then a slow kernel, a new test and another machine show."""
-    storage, select = tmp_path / "saved", ("-k", "cpu-expand-query")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    (tmp_path / "small.py").write_text(
+        "from growkit.bench import table\n"
+        "rows_of = table.rows_of\n"
+        "table.rows_of = lambda name, ids, device, rounds, tiny, between: rows_of(\n"
+        "    name, ids, device, rounds, True, between=between)\n"
+    )
+    storage, select = tmp_path / "saved", ("-k", "cpu-expand-query", "-p", "small")
     first = regression_run(storage, *select)
     assert first.returncode == 0, first.stdout + first.stderr
     assert "no saved run of this hardware" in first.stdout and "C2.official.query" in first.stdout
     (baseline,) = storage.glob("*/0001_baseline.json")
 
-    slow = tmp_path / "slow.py"
-    slow.write_text(
+    (tmp_path / "slow.py").write_text(
         "from growkit.kron import expand\n"
         "forward = expand.forward\n"
         "def three_times(*arguments):\n"
@@ -422,7 +428,7 @@ def test_a_slowed_kernel_fails_and_nothing_passes_in_silence(tmp_path):
         "    return forward(*arguments)\n"
         "expand.forward = three_times\n"
     )
-    slowed = regression_run(storage, *select, "-p", "slow", PYTHONPATH=str(tmp_path))
+    slowed = regression_run(storage, *select, "-p", "slow")
     assert slowed.returncode != 0 and "Performance has regressed" in slowed.stdout + slowed.stderr
     assert "1 slower than is allowed" in slowed.stdout
 
