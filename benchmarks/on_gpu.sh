@@ -3,7 +3,8 @@
 #   benchmarks/on_gpu.sh [--dry-run] [FOLDER]
 # FOLDER (default benchmarks/results/<hardware>) gets at most 8 files. Each part has a limit of time and writes as it
 # goes, so a part that is cut short keeps what it has. Exit code 1 if a part failed or was cut short. PYTHON= picks the
-# interpreter: it needs torch with CUDA, triton, pytest, pytest-benchmark, and nvcc for the extension.
+# interpreter: it needs torch with CUDA, triton, transformers, pytest, pytest-benchmark, and for the extension nvcc,
+# ninja, pybind11, setuptools.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
@@ -11,7 +12,7 @@ dry=
 [ "${1:-}" = --dry-run ] && { dry=yes; shift; }
 
 # name, expected minutes, limit in seconds, what
-parts='install|0.6|75|build and install, growkit info, versions, nvidia-smi
+parts='install|0.6|75|build and install, versions, nvidia-smi
 tests|2.0|150|pytest tests -m gpu, then the tests of the kernels on the GPU
 sophia|1.3|110|ceilings, S1 to S11
 expansion|1.4|95|L1 to L7
@@ -27,8 +28,6 @@ if [ -n "$dry" ]; then
     exit 0
 fi
 
-growkit() { "$python" -m growkit "$@"; }
-
 install() {
     "$python" -c 'import sys, torch, triton; print("python", sys.version.split()[0], "torch", torch.__version__,
         "triton", triton.__version__, "cuda", torch.version.cuda)'
@@ -37,7 +36,7 @@ install() {
     git log -1 --format='commit %h' 2>/dev/null
     capability=$("$python" -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())')
     TORCH_CUDA_ARCH_LIST=$capability "$python" -m pip install --quiet --no-deps --no-build-isolation -e . || return 1
-    (cd / && growkit info)
+    (cd / && "$python" -c 'import growkit; from growkit.kron import expand; print(growkit.__version__, expand.extension)')
 }
 
 # The files by name: others import what the test machine has and a bare GPU machine may lack, and one such file would
@@ -46,7 +45,8 @@ tests() {
     "$python" -m pytest $(grep -l "mark.gpu" tests/*/test_*.py) -q -m gpu
     local gpu=$?
     # Those that take whatever device there is.
-    "$python" -m pytest tests/ops/test_*_kernel.py tests/ops/test_sophia8bit.py tests/optim/test_on_kernels.py -q -m "not gpu"
+    "$python" -m pytest tests/ops/test_*_kernel.py tests/ops/test_{random,sophia8bit}.py tests/optim/test_on_kernels.py \
+        -q -m "not gpu"
     local kernels=$?
     return $((gpu || kernels))
 }
@@ -54,7 +54,9 @@ tests() {
 bench() { # file, ids
     local file=$1
     shift
-    growkit bench "$@" --device cuda --json "$folder/$file"
+    # What growkit bench runs, without the packages of the command.
+    "$python" -c 'import sys; from growkit.bench import table; sys.exit(table.run(sys.argv[2:], "cuda", sys.argv[1]))' \
+        "$folder/$file" "$@"
 }
 
 sophia() { bench sophia.json copy fill mm bmm S1 S4 S2 S5 S6 S7 S8 S9 S10.host S10.graph S10.temporaries S11 N1 S3; }

@@ -64,7 +64,8 @@ def compiled_once(request, tmp_path_factory):
         key = hashlib.sha256()
         for part in inputs:
             is_folder = isinstance(part, Path) and part.is_dir()
-            for piece in sorted(path for path in part.rglob("*") if path.is_file()) if is_folder else [part]:
+            files = (path for path in part.rglob("*") if path.is_file() and path.suffix != ".pyc") if is_folder else ()
+            for piece in sorted(files) if is_folder else [part]:
                 told = f"{piece.name} {piece.read_bytes()}" if isinstance(piece, Path) else repr(piece)
                 key.update(f"{len(told)} {told} ".encode())
         folder = home / key.hexdigest()
