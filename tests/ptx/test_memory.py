@@ -6,7 +6,7 @@ import torch
 pytest.importorskip("triton")
 
 from ptx.assembly import execute
-from ptx.emulator import EmulationError, Memory
+from ptx.emulator import Compiled, EmulationError, Memory, run
 
 FEW = "setp.lt.u32 %p1, %r1, 8;"
 STORE = "st.global.b32 [%rd3], %r1;"
@@ -40,6 +40,7 @@ FAULTS = {
     "some threads of a warp skip what takes all": (FEW + "@%p1 shfl.sync.bfly.b32 %r4, %r1, 8, 31, -1;", {}),
     "%r9 may be read before it is written": ("add.s32 %r4, %r9, 1;", {}),
     "the predicate was never written": ("@%p5 mov.b32 %r4, 0;", {}),
+    "trap": (FEW + "@%p1 trap;", {}),
     "no end after": ("$again: bra $again;", {}),
 }
 
@@ -141,3 +142,55 @@ def test_overlapping_stretches_have_the_rights_of_all():
     assert [s.name for s, _ in memory.pieces(at(2), 8, True)] == ["whole+part"]
     with pytest.raises(EmulationError, match="store to whole, which is read-only"):
         memory.pieces(at(4), 4, True)
+
+
+MODULE = """
+.entry other(.param .u64 data)
+{ret;}
+.entry kernel(
+	.param .u64 data,
+	.param .align 8 .b8 table[24],
+	.param .u8 small
+)
+.maxntid 64, 1, 1
+{
+	.reg .b16 %rs<4>;
+	.reg .b32 %r<8>;
+	.reg .b64 %rd<8>;
+	.shared .align 4 .b8 sums[256];
+	ld.param.u64 %rd1, [data];
+	mov.b64 %rd2, table;
+	mov.u32 %r1, %tid.x;
+	and.b32 %r2, %r1, 1;
+	mul.wide.u32 %rd3, %r2, 8;
+	add.s64 %rd4, %rd2, %rd3;
+	ld.param.v2.u32 {%r3, %r4}, [%rd4+8];
+	ld.param.s8 %rs1, [small];
+	cvt.s32.s16 %r5, %rs1;
+	add.s32 %r3, %r3, %r5;
+	mov.u32 %r6, sums;
+	mad.lo.s32 %r6, %r1, 4, %r6;
+	st.shared.u32 [%r6], %r3;
+	ld.shared.u32 %r3, [%r6];
+	mad.lo.s32 %r3, %r4, %r3, 0;
+	mul.wide.u32 %rd5, %r1, 4;
+	add.s64 %rd6, %rd1, %rd5;
+	st.u32 [%rd6], %r3;
+	ret;
+}
+"""
+
+
+def test_a_kernel_of_several_with_a_structure_and_shared_memory_of_its_own():
+    data = torch.zeros(64, dtype=torch.int32)
+    memory = Memory()
+    memory.add(data, "data", writable=True)
+    table = torch.tensor([9, 9, 10, 2, 20, 3], dtype=torch.int32).numpy().tobytes()
+    compiled = Compiled("kernel", MODULE, 0, "kernel", 64)
+    run(compiled, (1,), [data, table, -1], memory)
+    assert data.tolist() == [2 * 9, 3 * 19] * 32
+    with pytest.raises(EmulationError, match="table takes 24 bytes, got 20"):
+        run(compiled, (1,), [data, table[4:], -1], memory)
+    beyond = compiled._replace(ptx=MODULE.replace("[%rd4+8]", "[%rd4+24]"))
+    with pytest.raises(EmulationError, match="load of parameters is out of bounds"):
+        run(beyond, (1,), [data, table, -1], memory)

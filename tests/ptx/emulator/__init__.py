@@ -1,4 +1,4 @@
-"""Executes on a CPU, with numpy, the PTX that Triton's compiler makes of a kernel, on the memory of CPU tensors.
+"""Executes on a CPU, with numpy, the PTX that Triton's compiler or nvcc makes of a kernel, on memory of CPU tensors.
 
 Triton's interpreter executes the Python source; this executes what the compiler made of it: vector accesses and the
 alignment they were promised, masks as predicates, layout conversions through shared memory, barriers, shuffles, integer

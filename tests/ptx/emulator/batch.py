@@ -32,6 +32,7 @@ class Batch:
         noise: int | None,
     ):
         self.program, self.memory, self.noise = program, memory, noise
+        self._given = len(arguments)
         self._arguments = np.frombuffer(arguments + bytes(-len(arguments) % 16), np.uint8)
         self.count, self.threads = count, count * program.threads
         self.lanes = np.arange(self.threads)
@@ -71,7 +72,7 @@ class Batch:
 
     def param_load(self, addresses, lanes, dtype: np.dtype, count: int) -> list[np.ndarray]:
         size, offsets = dtype.itemsize * count, (addresses - np.uint64(PARAMETER_BASE)).astype(np.int64)
-        if (offsets < 0).any() or (offsets + size > len(self._arguments)).any() or (offsets % size).any():
+        if (offsets < 0).any() or (offsets + size > self._given).any() or (offsets % size).any():
             raise EmulationError(f"{size}-byte load of parameters is out of bounds or misaligned")
         return [self._arguments.view(dtype)[offsets // dtype.itemsize + k] for k in range(count)]
 
