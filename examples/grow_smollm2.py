@@ -45,7 +45,7 @@ def main(out="smollm2-grown", steps=100, *texts):
     told(f"{old:,} to {new:,} parameters; outputs change by {measured['relative_output_change']:.1g} relative")
     assert measured["relative_output_change"] < 1e-4
 
-    tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out)
     prompt = tokenizer("The capital of France is", return_tensors="pt")
     said = [tokenizer.decode(model.generate(**prompt, max_new_tokens=20, do_sample=False)[0]) for model in (small, big)]
     told(f"both say: {said[0]!r}" if said[0] == said[1] else f"TEXTS DIFFER: {said}")

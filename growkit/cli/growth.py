@@ -101,7 +101,7 @@ def grow(small, out, recipe, dry_run, check, force, **options):
         else:
             wanted = growth.Recipe(small[0], sizes, **options)
         plan = growth.plan(wanted)
-        click.echo(_told(plan))
+        click.echo(_told(plan, check))
         if dry_run:
             return 0
         if out.exists() and not force:
@@ -127,9 +127,10 @@ def grow(small, out, recipe, dry_run, check, force, **options):
     return 0
 
 
-def _told(plan):
+def _told(plan, check):
     """What will be made and what it takes, one line each."""
     old, new = plan.parameters
+    both = (old + new) * plan.entries[0].dtype.itemsize / 1e9
     sizes = ", ".join(f"{name} {a} to {b}" for name, (a, b) in plan.sizes.items()) or "no size changes"
     lossless = plan.operator.reason or "the outputs are meant to stay"
     return "\n".join(
@@ -137,8 +138,9 @@ def _told(plan):
             f"{plan.checkpoint.model_class.__name__}: {sizes}",
             f"parameters {old:,} to {new:,}",
             f"start {plan.recipe.start}: {lossless}",
-            f"disk {plan.disk / 1e9:.2f} GB, memory at most {plan.memory / 1e9:.2f} GB beyond the program's own, about "
-            f"{plan.flops / _rate():.0f} s of arithmetic here",
+            f"disk {plan.disk / 1e9:.2f} GB, memory at most {plan.memory / 1e9:.2f} GB beyond the program's own"
+            + (f", then {both:.2f} GB to compare both models" if check else ""),
+            f"about {plan.flops / _rate():.0f} s of arithmetic here",
         )
     )
 

@@ -41,6 +41,7 @@ class Checkpoint(NamedTuple):
     config, model_class: of transformers. weights: name -> tensor of every parameter, then of every buffer that is
     saved, read from disk when asked for; buffers: names of the latter.
     companions: files of tokenizer, processor and generation that a grown checkpoint takes over.
+    gguf: name of the file where it is one; its tokenizer is in it.
     """
 
     folder: Path
@@ -49,6 +50,19 @@ class Checkpoint(NamedTuple):
     weights: Mapping[str, torch.Tensor]
     buffers: list[str]
     companions: list[Path]
+    gguf: str | None = None
+
+    def tokenizer(self):
+        """As transformers reads it; ValueError where there is none that it can read."""
+        try:
+            return transformers.AutoTokenizer.from_pretrained(
+                self.folder, local_files_only=True, **({"gguf_file": self.gguf} if self.gguf else {})
+            )
+        except Exception as error:  # transformers and tokenizers each raise their own
+            told = str(error).strip().partition("\n")[0]
+            raise ValueError(
+                f"{self.folder / (self.gguf or '')}: no tokenizer that transformers reads: {told}"
+            ) from error
 
     def model(self):
         """The model in memory, in eval mode."""
@@ -135,7 +149,8 @@ def _through_transformers(folder, config=None, model_class=None, gguf_file=None)
         model = load_whole(model_class, folder, config=config, dtype="auto")
     buffers = saved_buffers(model)
     weights = dict(model.named_parameters()) | buffers
-    return Checkpoint(folder, model.config, type(model), weights, list(buffers), _companions(folder))
+    companions = [] if gguf_file else _companions(folder)  # what lies beside such a file need not belong to it
+    return Checkpoint(folder, model.config, type(model), weights, list(buffers), companions, gguf_file)
 
 
 def _companions(folder):

@@ -31,6 +31,7 @@ from growkit.growth.families import FAMILIES
 from growkit.growth.ligo import LiGO, Sharing, StartName
 from growkit.growth.sizes import count_of, propose, wanted_fields
 from growkit.text import read_text
+from growkit.warn import warn
 
 RECIPE = "growkit_recipe.yaml"
 
@@ -182,6 +183,8 @@ def run(
         operator.config.save_pretrained(part)
         for path in plan.checkpoint.companions:
             shutil.copy2(path, part / path.name)
+        if plan.checkpoint.gguf:
+            _save_tokenizer(plan.checkpoint, part)
         if check:
             measured["relative_output_change"] = compare(plan.checkpoint, part)
         measured["seconds"] = round(time.perf_counter() - started, 1)
@@ -189,6 +192,14 @@ def run(
         _card(plan, measured).save(part / "README.md")
         _sync(part)
     return measured
+
+
+def _save_tokenizer(checkpoint, folder):
+    """Of a GGUF file, which holds it; a model may come without one."""
+    try:
+        checkpoint.tokenizer().save_pretrained(folder)
+    except ValueError as error:
+        warn(f"the grown checkpoint gets no tokenizer: {error}")
 
 
 def _existing(path):
@@ -217,7 +228,7 @@ def _sync(folder):
 def _learned(plan, progress):
     """An operator on the model in memory, fitted; and the state of that fit."""
     recipe = plan.recipe
-    tokenizer = transformers.AutoTokenizer.from_pretrained(plan.checkpoint.folder, local_files_only=True)
+    tokenizer = plan.checkpoint.tokenizer()
     tokens = torch.tensor(tokenizer(read_text(Path(recipe.data)).decode(errors="replace"), verbose=False).input_ids)
     if len(tokens) < recipe.context:
         raise ValueError(f"--data: has {len(tokens)} tokens, expected at least {recipe.context}, one window")

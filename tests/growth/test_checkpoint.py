@@ -324,6 +324,47 @@ def test_learning_on_text(folder, tmp_path):
     assert not torch.equal(learned["transformer.wte.weight"], _lossless(folder)["transformer.wte.weight"])
 
 
+def _gguf(path, tokens):
+    """A LLaMA of one layer as llama.cpp stores it, in float32."""
+    gguf = pytest.importorskip("gguf")
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(1), writer.add_context_length(24), writer.add_embedding_length(32)
+    writer.add_feed_forward_length(48), writer.add_head_count(4), writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-5), writer.add_rope_freq_base(10000.0), writer.add_vocab_size(len(tokens))
+    writer.add_rope_dimension_count(8), writer.add_file_type(0)
+    writer.add_tokenizer_model("gpt2"), writer.add_token_list(tokens), writer.add_token_merges(["a b"])
+    writer.add_token_types([1] * len(tokens)), writer.add_bos_token_id(0), writer.add_eos_token_id(0)
+    shapes = {"token_embd": (len(tokens), 32), "output_norm": (32,), "output": (len(tokens), 32)}
+    shapes |= {"blk.0.attn_norm": (32,), "blk.0.ffn_norm": (32,), "blk.0.attn_q": (32, 32), "blk.0.attn_k": (16, 32)}
+    shapes |= {"blk.0.attn_v": (16, 32), "blk.0.attn_output": (32, 32), "blk.0.ffn_gate": (48, 32)}
+    shapes |= {"blk.0.ffn_up": (48, 32), "blk.0.ffn_down": (32, 48)}
+    for name, shape in shapes.items():
+        writer.add_tensor(f"{name}.weight", torch.randn(shape).numpy())
+    writer.write_header_to_file(), writer.write_kv_data_to_file(), writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_a_gguf_file_grows_with_its_tokenizer_and_learns_by_it(tmp_path):
+    pytest.importorskip("accelerate")
+    file = tmp_path / "small.gguf"
+    _gguf(file, [chr(97 + i) for i in range(26)] + ["ab"])
+    (tmp_path / "text.txt").write_text("abcdefgh" * 20)
+    sizes = {"layers": 2, "hidden_size": 64, "heads": 8, "kv_heads": 4}
+    assert grow(file, tmp_path / "big", sizes)["relative_output_change"] < 1e-4
+    own = transformers.AutoTokenizer.from_pretrained(tmp_path, gguf_file=file.name)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "big")
+    assert tokenizer("abcab").input_ids == own("abcab").input_ids and len(own("abcab").input_ids) > 1
+    options = {"learn": 1, "data": str(tmp_path / "text.txt"), "batch": 1, "context": 8}
+    assert grow(file, tmp_path / "learned", sizes, **options)["loss_after_learning"] > 0
+
+
+def test_learning_without_a_tokenizer_is_refused_in_a_line(folder, tmp_path):
+    (tmp_path / "text.txt").write_text("abcdefgh" * 50)
+    with pytest.raises(ValueError, match="small: no tokenizer that transformers reads: ") as refused:
+        grow(folder, tmp_path / "big", learn=1, data=str(tmp_path / "text.txt"))
+    assert "\n" not in str(refused.value) and not (tmp_path / "big").exists()
+
+
 def _lossless(folder):
     checkpoint = open_checkpoint(folder)
     return dict(LiGO(checkpoint.model(), {"n_layer": 4, "n_embd": 40, "n_head": 5, "n_inner": 83}).tensors())
