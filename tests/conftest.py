@@ -1,3 +1,4 @@
+import collections
 import contextlib
 import hashlib
 import os
@@ -14,12 +15,8 @@ if not torch.cuda.is_available():
 torch.set_num_threads(1)  # operations this small only lose time to threads that wait for each other
 
 
-FURTHER = pytest.StashKey[bool]()  # a case of a test of which another one comes before
-
-
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(config, items):
-    tests = set()
     for item in items:
         # What a whole module shares is made by one worker, once; every other test goes to whichever worker is free.
         shared = [d for found in item._fixtureinfo.name2fixturedefs.values() for d in found if d.scope == "module"]
@@ -29,18 +26,25 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
         if "slow" in item.keywords and "slow" not in config.option.markexpr:
             item.add_marker(pytest.mark.skip(reason="slow: run with -m slow"))
-        test = item.nodeid.partition("[")[0]
-        item.stash[FURTHER] = test in tests
-        if not item.get_closest_marker("skip"):
-            tests.add(test)
+
+
+TRACED = 0.5  # seconds of processors
+_spent = collections.Counter()  # by the cases of a test so far, while they were traced
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item):
-    """Coverage counts the first case of a test alone: its tracer makes Python two to three times slower."""
-    tracer = sys.gettrace()
-    if not item.stash[FURTHER] or not type(tracer).__module__.startswith("coverage"):  # a debugger's stays
+    """Coverage counts the cases of a test until they have taken half a second: its tracer makes Python two to three
+    times slower, and the many cases of a slow test go the same ways."""
+    test, tracer = item.nodeid.partition("[")[0], sys.gettrace()
+    if not type(tracer).__module__.startswith("coverage"):  # none, or a debugger's
         return (yield)
+    if _spent[test] < TRACED:
+        start = sum(os.times()[:4])
+        try:
+            return (yield)
+        finally:
+            _spent[test] += sum(os.times()[:4]) - start
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("COVERAGE_PROCESS_CONFIG", raising=False)  # of processes that the test starts
         sys.settrace(None)
