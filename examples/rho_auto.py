@@ -56,7 +56,7 @@ def train(rho, target, seed, steps):
     return bits, metrics["unclipped"], metrics["rho"]
 
 
-def main(steps=600, seeds=3):
+def main(steps=600, seeds=6):
     print(f"| rho | bits per byte, mean of {seeds} seeds (range) | unclipped at the end | rho at the end |")
     print("|---|---|---|---|")
     for rho, target in CASES:

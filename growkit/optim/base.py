@@ -421,13 +421,13 @@ class SophiaBase(Optimizer):
     def metrics(self) -> dict[str, float]:
         """{name: number} for a logger, as of the last refresh whose numbers have arrived: the host never waits.
 
-        unclipped: fraction of elements with |m| < d in the step before it. rho: of the first group. refresh_grad_norm:
-        2-norm of the gradient of the sampled labels (SophiaG) or of Hu (SophiaH). h_q10, h_q50, h_q90: quantiles of the
-        `h` of that step, to within 9 % (they come from counts in bins 2^(1/8) apart, from 2^-128 to 2^64).
-        update_grad_cosine: of the update, apart from decay, and the gradient of that step; 1 is plain descent.
-        refreshes, skipped: how many, and how many of them were not finite. All speak for all processes, quantiles and
-        cosine by some 65,536 elements spread evenly over all parameters. What is not finite or not known is left out;
-        empty before the first refresh.
+        unclipped: fraction of elements with |m| < d in the step before it. rho: of the first group. rho_solved: what
+        rho="auto" moves to. refresh_grad_norm: 2-norm of the gradient of the sampled labels (SophiaG) or of Hu
+        (SophiaH). h_q10, h_q50, h_q90: quantiles of the `h` of that step, to within 9 % (they come from counts in bins
+        2^(1/8) apart, from 2^-128 to 2^64). update_grad_cosine: of the update, apart from decay, and the gradient of
+        that step; 1 is plain descent. refreshes, skipped: how many, and how many of them were not finite. All speak for
+        all processes, quantiles and cosine by some 65,536 elements spread evenly over all parameters. What is not
+        finite or not known is left out; empty before the first refresh.
         """
         told = self._telemetry.receive()
         told = {"rho": float(self.param_groups[0]["rho"]), **told} if told else {}
