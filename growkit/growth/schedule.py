@@ -67,7 +67,7 @@ class Schedule:
             raise ValueError(f"start: got {start!r}, expected one of {', '.join(map(repr, STARTS))}")
         self._start, self._seed, self._family, self._noise = start, seed, family, noise
         self._wrap, self._shard, self._inputs = wrap, shard, inputs
-        self._reached = None  # number of stages that the model of the last call has been through
+        self._reached: int | None = None  # number of stages that the model of the last call has been through
         self.changes: dict[int, float] = {}
 
     def step(
@@ -77,7 +77,8 @@ class Schedule:
 
         To be called before the forward pass, when no gradient waits, on every process. The first call looks through all
         stages to come, and refuses what cannot be grown before anything is trained.
-        model: as the loop calls it, wrapped or not. The large one is in the same mode, train or eval.
+        model: as the loop calls it, wrapped or not. The large one is in the same mode, train or eval, and frozen where
+            it was.
         optimizer: as `LiGO.grow_optimizer` takes it; attached where the given one is, with the same options. Hooks of
             its own are not carried over.
         lr_schedulers: of torch; they go on with the new optimizer, whose groups have the old ones' learning rates.
@@ -131,6 +132,7 @@ class Schedule:
         grown = operator.grow_optimizer(optimizer, big)
         self.changes[step] = self._change(small, big)
         big.train(small.training)
+        _freeze(operator, small, big)
         wrapped = self._wrap(big) if self._wrap else big
         attachment = getattr(optimizer, "_attachment", None)
         if attachment is not None:
@@ -153,6 +155,15 @@ class Schedule:
         if STARTS[self._start].lossless and not change <= tolerance:
             warn(f"Schedule: growing changed outputs by {change:.2g} relative, expected at most {tolerance:g}")
         return change
+
+
+def _freeze(operator, small, big):
+    """What comes of a frozen weight is frozen, too."""
+    old, new = (dict(model.named_parameters()) for model in (small, big))
+    for row in operator.rows:
+        for layer, name in enumerate(row.names):
+            source = row.small_names[operator._source[layer] if row.layered else 0]
+            new[name].requires_grad_(old[source].requires_grad)
 
 
 def _follow(scheduler, optimizer):

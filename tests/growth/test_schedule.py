@@ -162,6 +162,20 @@ def test_a_start_that_is_not_lossless_and_one_that_fails_to_be(monkeypatch, recw
         Schedule(STAGES).step(3, net, adamw(net))
 
 
+def test_what_is_frozen_stays_so():
+    net = new_model()
+    net.transformer.wpe.requires_grad_(False)
+    net.transformer.h[1].mlp.requires_grad_(False)
+
+    def seen(step, small, big, optimizer):
+        kept.append((big, big.transformer.wpe.weight.clone()))
+
+    kept = []
+    _, net, _ = train(net, adamw(net), Schedule([(1, {"n_layer": 4})]), range(3), seen)
+    assert net is kept[0][0] and net.transformer.wpe.weight.equal(kept[0][1])
+    assert [block.mlp.c_fc.weight.requires_grad for block in net.transformer.h] == [True, True, False, False]
+
+
 def test_what_wrapped_the_model_wraps_the_large_one():
     net = new_model()
     optimizer = SophiaG(net.parameters())
