@@ -72,7 +72,9 @@ class Recipe:
         kept = {k: v for k, v in dataclasses.asdict(self).items() if v not in (None, {})}
         versions = {name: importlib.metadata.version(name) for name in ("growkit", "torch", "transformers")}
         text = yaml.safe_dump({"recipe": kept, "measured": measured, "versions": versions}, sort_keys=False)
-        path.write_text(f"# growkit grow --recipe {path.name} NEW_FOLDER\n{text}")
+        path.write_text(
+            f"# growkit grow --recipe {path.name} SMALL NEW_FOLDER  # SMALL: where {self.small} is now\n{text}"
+        )
 
 
 @dataclasses.dataclass
@@ -281,5 +283,5 @@ def _card(plan, measured) -> ModelCard:
         f"{learned}"
         f"Change of the outputs, grown model against small one: {told}.\n\n"
         f"| | small | grown |\n|---|---|---|\n{rows}\n| parameters | {old:,} | {new:,} |\n\n"
-        f"`growkit grow --recipe {RECIPE} NEW_FOLDER` makes it again.\n"
+        f"`growkit grow --recipe {RECIPE} SMALL NEW_FOLDER` makes it again, SMALL being where {small} is.\n"
     )
