@@ -1,6 +1,7 @@
 """Progressive training: a model that starts small and grows while it trains, in a loop that stays the user's own."""
 
 import bisect
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -31,7 +32,8 @@ class Schedule:
             optimizer.zero_grad()
 
     stages: (step, sizes), by rising step: from this step on the model has these sizes, a config of its class or config
-        field -> size, as `LiGO` takes them. A stage at step 0 may describe the first model, which is the user's.
+        field -> size, as `LiGO` takes them, beside those of the stages before. A stage at step 0 may describe the first
+        model, which is the user's.
     start, seed, family, noise: of `LiGO`. With a start that is not lossless the loss jumps.
     wrap: what the loop's model is wrapped in, such as torch.compile or DistributedDataParallel: big model -> what
         `step` returns.
@@ -88,15 +90,26 @@ class Schedule:
             if self._reached is None:
                 self._look_ahead(model, optimizer, stage)
             if stage:
-                model, optimizer = self._grown(step, model, self._stages[stage - 1][1], optimizer, lr_schedulers)
+                model, optimizer = self._grown(step, model, self._wanted(stage), optimizer, lr_schedulers)
             self._reached = stage
         return model, optimizer
 
     def config_at(self, step: int, config: Any, model_class: type) -> Any:
         """The config that a model of this class, first made of `config`, has at a step."""
-        for at, sizes in self._stages:
+        for stage, (at, _) in enumerate(self._stages, 1):
             if at <= step:
-                config = self._outline(config, model_class, sizes).config
+                config = self._outline(config, model_class, self._wanted(stage)).config
+        return config
+
+    def _wanted(self, stage):
+        """What so many stages ask for together: a run may begin, or count, past several."""
+        config, sizes = None, {}
+        for _, asked in self._stages[:stage]:
+            config, sizes = (config, sizes | asked) if isinstance(asked, Mapping) else (copy.deepcopy(asked), {})
+        if config is None:
+            return sizes
+        for field, size in sizes.items():
+            setattr(config, field, size)
         return config
 
     def _outline(self, config, model_class, sizes):
@@ -112,12 +125,12 @@ class Schedule:
         if self._shard is None and any(map(is_sharded, small.parameters())):
             raise ValueError("shard: got None with a sharded model, expected what shards the large one, too")
         config, dtype = small.config, next(small.parameters()).dtype
-        for at, sizes in self._stages[max(0, stage - 1) :]:
+        for later in range(max(1, stage), len(self._stages) + 1):
             try:
-                found = self._outline(config, unsharded_class(small), sizes)
+                found = self._outline(config, unsharded_class(small), self._wanted(later))
                 found.reason(dtype)
             except ValueError as error:
-                raise ValueError(f"stages: at step {at}: {error}") from None
+                raise ValueError(f"stages: at step {self._stages[later - 1][0]}: {error}") from None
             config = found.config
 
     def _grown(self, step, model, sizes, optimizer, lr_schedulers):

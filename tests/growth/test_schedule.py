@@ -162,6 +162,16 @@ def test_a_start_that_is_not_lossless_and_one_that_fails_to_be(monkeypatch, recw
         Schedule(STAGES).step(3, net, adamw(net))
 
 
+def test_a_count_that_passes_several_stages_takes_them_together():
+    net = new_model()
+    stages = [STAGES[0], (4, gpt2(36, 3, 4, **DETERMINISTIC)), (5, {"n_inner": 160})]
+    big, _ = Schedule(stages).step(7, net, adamw(net))
+    assert (big.config.n_layer, big.config.n_embd, big.config.n_inner) == (4, 36, 160)
+    assert Schedule(STAGES).config_at(7, net.config, type(net)).n_layer == 3
+    big, _ = Schedule(STAGES).step(7, net, adamw(net))
+    assert (big.config.n_layer, big.config.n_embd) == (3, 36)
+
+
 def test_what_is_frozen_stays_so():
     net = new_model()
     net.transformer.wpe.requires_grad_(False)
