@@ -80,7 +80,7 @@ def opt(hidden, heads, kv, layers, ffn):
     )  # fmt: skip
 
 
-# family -> class, config, whether the hidden size grows by whole copies only
+# family -> class, config, whether the hidden size or the heads grow by whole copies only
 FAMILIES = {
     "gpt2": ("GPT2LMHeadModel", gpt2, False),
     "bert": ("BertForMaskedLM", bert(transformers.BertConfig), True),
@@ -95,6 +95,8 @@ FAMILIES = {
     "gemma": ("GemmaForCausalLM", llama(transformers.GemmaConfig), False),
     "gemma2": ("Gemma2ForCausalLM", llama(transformers.Gemma2Config), False),
     "gemma3_text": ("Gemma3ForCausalLM", llama(transformers.Gemma3TextConfig), False),
+    "olmo2": ("Olmo2ForCausalLM", llama(transformers.Olmo2Config), True),
+    "olmo3": ("Olmo3ForCausalLM", llama(transformers.Olmo3Config), True),
     "mixtral": ("MixtralForCausalLM", experts(transformers.MixtralConfig, "intermediate_size"), False),
     "qwen2_moe": (
         "Qwen2MoeForCausalLM",
@@ -114,7 +116,8 @@ def sizes(family, start):
     """Small and large sizes: every direction at once, where the kind of growth allows it."""
     copied = FAMILIES[family][2] or start in ("hypercloning", "fpi")
     grouped = family in (
-        "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "mixtral", "qwen2_moe", "qwen3_moe",
+        "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "olmo2", "olmo3", "mixtral",
+        "qwen2_moe", "qwen3_moe",
     )  # fmt: skip
     small = GROUPED if grouped else SMALL
     if start == "zero_blocks":

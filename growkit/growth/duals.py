@@ -154,6 +154,8 @@ def _norm(maps, space, written, read, layer_norm):
 def _residual(maps, growth):
     written, layer_norm = maps("residual_write"), growth.family.residual.norm == "layer"
     gain, shift, out, back = _norm(maps, "residual", written, maps("residual_read"), layer_norm)
+    if growth.family.residual.bare:  # what blocks read has no gain
+        back = _times(maps("residual_read"))
     found = {"residual_gain": gain, "residual_shift": shift, "residual_read": out, "residual_write": back}
     longer = written.norm() / maps("embedded_write").norm()
     found["embedded_write"] = Dual(back.matrix * longer, back.known)
@@ -234,7 +236,13 @@ def _attention(maps, growth):
     eye = torch.eye(d2, d1, dtype=Q.dtype, device=Q.device)
     told = (torch.arange(d2, device=Q.device) < d1) & (alike and bool(torch.isclose(read, read[:1]).all()))
     gains = Dual(eye * read[0] * told[:, None], told)
-    return found | {"query_gain": gains, "key_gain": gains}
+    found |= {"query_gain": gains, "key_gain": gains}
+    for space in ("query", "key"):
+        written = found[f"{space}_write"]
+        found[f"{space}_gains"] = written
+        if growth.family.attention.normed == "heads" and H2 > H1:  # behind the norm's two projections
+            found[f"{space}_write"] = Dual(written.matrix, torch.zeros_like(written.known))
+    return found
 
 
 def _copied(q, k, v, o, g1):

@@ -63,6 +63,13 @@ def obstacles(growth: Growth, tolerance: float) -> list[str]:
         )
     if not groups_fit(small["heads"] // small["kv_heads"], big["heads"], big["kv_heads"], small["kv_heads"]):
         found.append(_grouping_words(fields, small, big))
+    if family.attention.normed == "heads":
+        found += [
+            f"{fields[name]}: a norm over all heads keeps what it finds only of whole copies: got {big[name]}, nearest "
+            f"{max(1, round(big[name] / small[name])) * small[name]}"
+            for name in ("heads", "kv_heads")
+            if big[name] % small[name]
+        ]
     if big["head_dim"] != small["head_dim"]:
         field = fields.get("head_dim", fields["heads"])
         got = f"got {big['head_dim']}, nearest {small['head_dim']}"

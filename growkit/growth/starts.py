@@ -80,6 +80,11 @@ class Growth(NamedTuple):
         return copied or bool(self.family.residual.post_norm)
 
     @property
+    def copied_heads(self) -> bool:
+        """Whether new heads are copies: of the start, or because a norm over all heads must find what it found."""
+        return self.start.copies or self.family.attention.normed == "heads"
+
+    @property
     def more_experts(self) -> bool:
         return "expert" in self.big and self.big["expert"] > self.small["expert"]
 

@@ -207,7 +207,7 @@ def _residual(growth, index, random):
         "embedded_write": _top(written.clone(), k * multiplied),
         "branch_write": _top(written.clone(), k),
         "branch_gain": _top(random.normal(*new), _branch_scale(growth, D1, random)),  # k times as long already
-        "residual_read": _top(read.clone()),
+        "residual_read": _top(read.clone(), 1 / k if growth.family.residual.bare else 1.0),
         "residual_gain": _top(random.normal(*new), 1 / k),
         "residual_shift": _top(random.normal(*new)),
         "head_read": _top(zeros.clone() if unread else random.normal(*new)),
@@ -332,7 +332,7 @@ def _attention(growth, layers, random):
     family, small, big = growth.family, growth.small, growth.big
     H1, H2, K1, d1, d2 = small["heads"], big["heads"], small["kv_heads"], small["head_dim"], big["head_dim"]
     (keys, queries), read_scale = _placed(growth), 1.0
-    if growth.start.copies:
+    if growth.copied_heads:
         g1, g2 = H1 // K1, H2 // big["kv_heads"]
         keys = [keys[j] for j in _copied(growth, sum(k >= 0 for k in keys), len(keys), random).tolist()]
         within = _copied(growth, g1, g2, random).tolist()
@@ -379,7 +379,9 @@ def _attention(growth, layers, random):
         "value_write": heads(keys, K1, fresh),
         "value_read": heads(queries, H1, same, read_scale, unread=True),
     }
-    if growth.start.copies:
+    for space, placed, old in (("query", queries, H1), ("key", keys, K1)):
+        maps[f"{space}_gains"] = heads(placed, old, same)
+    if growth.copied_heads:
         maps["value_read"] = _told_apart(growth, maps["value_read"], index, H1, random, same)
     for side in ("query_gain", "key_gain"):
         maps[side] = Identity(d1) if d1 == d2 else IdentityTop(random.normal(d2 - d1, d1))

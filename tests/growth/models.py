@@ -76,6 +76,8 @@ CONFIGS = {
     "gemma": functools.partial(_llama, transformers.GemmaConfig),
     "gemma2": functools.partial(_llama, transformers.Gemma2Config, query_pre_attn_scalar=8),
     "gemma3_text": functools.partial(_llama, transformers.Gemma3TextConfig, query_pre_attn_scalar=8),
+    "olmo2": functools.partial(_llama, transformers.Olmo2Config),
+    "olmo3": functools.partial(_llama, transformers.Olmo3Config),
     "mixtral": functools.partial(_experts, transformers.MixtralConfig),
     "qwen2_moe": functools.partial(_experts, transformers.Qwen2MoeConfig),
     "qwen3_moe": functools.partial(_experts, transformers.Qwen3MoeConfig),
@@ -86,6 +88,7 @@ FIRST = {
     "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM",
     "gpt_neox": "GPTNeoXForCausalLM", "opt": "OPTForCausalLM", "phi3": "Phi3ForCausalLM", "gemma": "GemmaForCausalLM",
     "gemma2": "Gemma2ForCausalLM", "gemma3_text": "Gemma3ForCausalLM", "mixtral": "MixtralForCausalLM",
+    "olmo2": "Olmo2ForCausalLM", "olmo3": "Olmo3ForCausalLM",
     "qwen2_moe": "Qwen2MoeForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM",
 }  # fmt: skip
 

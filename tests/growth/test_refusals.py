@@ -93,7 +93,7 @@ def test_weights_that_are_not_finite_are_refused_by_name(value):
         LiGO(small, gpt2(40, 5, 3))
 
 
-LLAMA, QWEN3 = CONFIGS["llama"], CONFIGS["qwen3"]
+LLAMA, QWEN3, OLMO2 = CONFIGS["llama"], CONFIGS["qwen3"], CONFIGS["olmo2"]
 LIES = {
     "norm": {"residual": replace(FAMILIES["llama"].residual, norm="layer")},
     "rotary": {"attention": replace(FAMILIES["llama"].attention, rotary=0.0)},
@@ -125,6 +125,7 @@ IMPOSSIBLE = {
     ),
     "rotary heads": (LLAMA(24, 3, 2, 50), LLAMA(24, 3, 2, 50, head_dim=10), "head_dim: .* got 10, nearest 8"),
     "normed heads": (QWEN3(24, 3, 2, 50), QWEN3(24, 3, 2, 50, head_dim=16), "head_dim: .* nearest 8"),
+    "heads normed together": (OLMO2(24, 6, 2, 50, 3), OLMO2(40, 10, 2, 50, 5), "num_attention_heads: .* nearest 12"),
     "groups": (LLAMA(36, 9, 2, 50, 3), LLAMA(40, 10, 2, 50, 5), "num_key_value_heads: .* got 5, nearest 10"),
     "post-norm eps": (
         bert(24, 3, 2, 50, layer_norm_eps=1e-3), bert(24, 3, 3, 50, layer_norm_eps=1e-3),

@@ -31,6 +31,7 @@ CASES = {
     "llama-staged": ("llama", "staged", GROUPED, (48, 12, 5, 100, 6), {}),
     "llama-zero-pad-tied": ("llama", "zero_pad", GROUPED, (40, 10, 5, 77, 5), {"tie_word_embeddings": True}),
     "llama-zero-blocks": ("llama", "zero_blocks", GROUPED, (24, 6, 5, 50, 3), {}),
+    "olmo2-lossless": ("olmo2", "lossless", GROUPED, (60, 12, 5, 77, 6), {}),
     "llama-larger-heads": ("llama", "lossless", (24, 3, 2, 50, 3), (24, 3, 2, 50, 3, 16), {}),
 }
 
@@ -39,11 +40,13 @@ CASES = {
 def _rms_norm_in_float64(monkeypatch):
     """transformers computes it in float32 whatever the model's dtype."""
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
+    from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 
     def forward(self, x):
         return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon)
 
-    monkeypatch.setattr(LlamaRMSNorm, "forward", forward)
+    for norm in (LlamaRMSNorm, Olmo2RMSNorm):
+        monkeypatch.setattr(norm, "forward", forward)
 
 
 def _config(family, sizes, options):

@@ -24,4 +24,8 @@ GEMMA2 = replace(
         "layers.*.post_feedforward_layernorm": norm("branch"),
     },
 )
-GEMMA3 = replace(GEMMA2, attention=replace(GEMMA2.attention, normed=True), modules={**QWEN3.modules, **GEMMA2.modules})
+GEMMA3 = replace(
+    GEMMA2,
+    attention=replace(GEMMA2.attention, normed="head_dim"),
+    modules={**QWEN3.modules, **GEMMA2.modules},
+)

@@ -34,11 +34,26 @@ LLAMA = Family(
 )
 QWEN3 = replace(
     LLAMA,
-    attention=replace(LLAMA.attention, normed=True),
+    attention=replace(LLAMA.attention, normed="head_dim"),
     modules={
         **LLAMA.modules,
         "layers.*.self_attn.q_norm.weight": tensor("query_gain"),
         "layers.*.self_attn.k_norm.weight": tensor("key_gain"),
+    },
+)
+# Norms stand behind what blocks add, and over the queries and keys of all heads.
+OLMO2 = replace(
+    LLAMA,
+    residual=replace(LLAMA.residual, bare=True),
+    attention=replace(LLAMA.attention, normed="heads"),
+    modules={
+        **{name: leaves for name, leaves in LLAMA.modules.items() if name != "layers.*.input_layernorm"},
+        "layers.*.self_attn.q_norm.weight": tensor("query_gains"),
+        "layers.*.self_attn.k_norm.weight": tensor("key_gains"),
+        "layers.*.self_attn.o_proj": linear("value", "branch"),
+        "layers.*.post_attention_layernorm": norm("branch"),
+        "layers.*.mlp.down_proj": linear("ffn", "branch"),
+        "layers.*.post_feedforward_layernorm": norm("branch"),
     },
 )
 PHI3 = replace(

@@ -3,7 +3,8 @@
 A *side* names a space and what a weight does with it, as "residual_write": *write* (it produces the space), *read* (it
 consumes it), *gain* and *shift* (of norms). Spaces:
   residual            the stream through all layers
-  query, key, value   attention heads; "value_read" has the size of the queries, as their output is read
+  query, key, value   attention heads; "value_read" has the size of the queries, as their output is read; "query_gain"
+                      and "key_gain" of a norm over head_dim, "query_gains" and "key_gains" of one over all heads
   head                what the output layer reads: the last norm's output, or a hidden space of its own
   embedded, branch    the stream's coordinates where it is written by embeddings that the model multiplies, and by a
                       branch that a norm scales before it is added
@@ -42,6 +43,7 @@ class Residual:
     post_norm: of a post-norm family, the module that ends a layer; empty where norms stand before what they feed.
     gain_offset: what the model adds to a stored gain.
     multiplier: what the model multiplies "embedded" coordinates by, from the stream's size.
+    bare: whether blocks read the stream as it is, with no norm before them.
     """
 
     size: Size
@@ -50,6 +52,7 @@ class Residual:
     post_norm: str = ""
     gain_offset: float = 0.0
     multiplier: Callable[[int], float] = lambda size: 1.0
+    bare: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,15 +61,16 @@ class Attention:
     it is the residual size divided by heads.
 
     rotary: the part of head_dim that is rotated by position, paired half by half, as a number or from the config.
-    normed: queries and keys pass a norm over head_dim. scaled: whether scores are divided by sqrt(head_dim), or the
-    config flag that says so; layer_scaled: the flag that divides them by the layer's number.
+    normed: queries and keys pass a norm over "head_dim", or over all "heads" at once.
+    scaled: whether scores are divided by sqrt(head_dim), or the config flag that says so; layer_scaled: the flag that
+    divides them by the layer's number.
     """
 
     heads: Size
     kv_heads: Size | None = None
     head_dim: Size | None = None
     rotary: float | Callable[[Any], float] = 0.0
-    normed: bool = False
+    normed: Literal["", "head_dim", "heads"] = ""
     scaled: bool | str = True
     layer_scaled: str = ""
 
