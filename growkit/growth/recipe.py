@@ -28,6 +28,7 @@ from growkit.growth.checkpoint import (
     write_tensors,
 )
 from growkit.growth.families import FAMILIES
+from growkit.growth.layout import matrices
 from growkit.growth.ligo import LiGO, Sharing, StartName
 from growkit.growth.sizes import count_of, propose, wanted_fields
 from growkit.text import read_text
@@ -130,10 +131,7 @@ def plan(recipe: Recipe) -> Plan:
     )
     operators = sum(p.numel() for p in operator.parameters())
     held = widest + operators + (4 * count + 3 * operators if recipe.learn else 0)
-    # Per small weight and widened axis one product along it; 6 FLOPs per weight and token that is learned from.
-    widening = sum(2 * len(row.small_names) * math.prod(row.shape) * max(row.small_shape) for row in operator.rows)
-    mixing = sum(2 * len(row.small_names) * len(row.names) * math.prod(row.shape) for row in operator.rows)
-    tokens = recipe.learn * recipe.batch * recipe.context
+    tokens = recipe.learn * recipe.batch * recipe.context  # each takes 6 FLOPs per weight to learn from
     return Plan(
         recipe,
         checkpoint,
@@ -143,8 +141,24 @@ def plan(recipe: Recipe) -> Plan:
         (small_count, count),
         sum(entry.bytes for entry in entries),
         held * torch.promote_types(dtype, torch.float32).itemsize + 64 * 2**20,
-        (widening + mixing) * (1 + 3 * recipe.learn) + 6.0 * count * tokens,
+        _expansion(operator) * (1 + 3 * recipe.learn) + 6.0 * count * tokens,
     )
+
+
+def _expansion(operator):
+    """FLOPs of one expansion from shapes alone, as wide columns, rows, then depth, by maps that keep what is old;
+    `LiGO.flops_per_expansion` counts, but reads the weights."""
+    flops = 0
+    for row in operator.rows:
+        small = matrices(
+            torch.empty(len(row.small_names), *row.small_shape, device="meta"), row.entries, operator._small
+        )
+        big = matrices(torch.empty(len(row.names), *row.shape, device="meta"), row.entries, operator._big)
+        for old, new in zip(small, big, strict=True):
+            (L1, *_, r1, c1), (L2, *stack, r2, c2) = old.shape, new.shape
+            depth = L1 * L2 * r2 * c2 if row.layered else 0
+            flops += 2 * math.prod(stack) * (L1 * (r1 * (c2 - c1) * c1 + (r2 - r1) * r1 * c2) + depth)
+    return flops
 
 
 def _count(checkpoint, family, words):

@@ -324,6 +324,13 @@ def test_learning_on_text(folder, tmp_path):
     assert not torch.equal(learned["transformer.wte.weight"], _lossless(folder)["transformer.wte.weight"])
 
 
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_the_arithmetic_that_is_told_is_about_what_is_counted(family, tmp_path):
+    model(CONFIGS[family](32, 4, 2, 48, 2, vocab_size=500), torch.float32).save_pretrained(tmp_path / "small")
+    plan = growth.plan(Recipe(str(tmp_path / "small"), {"layers": 5, "hidden_size": 64}))
+    assert 0.9 < plan.flops / plan.operator.flops_per_expansion.forward < 2
+
+
 def _gguf(path, tokens):
     """A LLaMA of one layer as llama.cpp stores it, in float32."""
     gguf = pytest.importorskip("gguf")
