@@ -13,9 +13,9 @@ from typing import NamedTuple
 import torch
 
 from growkit.growth.families.table import size_of
+from growkit.growth.heads import rotary_dims
 from growkit.growth.layout import pieces
 from growkit.growth.spaces import Terms
-from growkit.growth.widths import rotary_dims
 
 
 class Dual(NamedTuple):

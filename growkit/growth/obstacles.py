@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from growkit.growth.families.table import Family
+from growkit.growth.heads import groups_fit, rotary_dims
 from growkit.growth.starts import Growth, Start
-from growkit.growth.widths import groups_fit, rotary_dims
 
 
 def refuse(family: Family, small: Mapping[str, int], big: Mapping[str, int], start: Start, config: Any) -> None:
