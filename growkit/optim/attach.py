@@ -55,13 +55,24 @@ class Attachment:
         outside = own.keys() - set(model.parameters())
         if own and len(outside) == len(own):
             raise ValueError(
-                f"attach: model has none of the optimizer's {len(own)} parameters (a copy, or loaded anew?), "
-                "expected the model that is trained"
+                f"attach: model has none of the optimizer's {len(own)} parameters (a copy, loaded anew, or made flat by "
+                "DeepSpeed's ZeRO?), expected the model that is trained"
             )
         if outside:
             warn(
                 f"{type(optimizer).__name__} has parameters that the attached model lacks, which no refresh will "
                 f"reach: {_listed(name for p, name in own.items() if p in outside)}"
+            )
+
+    def check_owned(self) -> None:
+        """Wrappers made after attach() may have put other tensors into the optimizer, or into the model."""
+        own = {p for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad}
+        # FSDP2's modules hold other tensors while they are unsharded.
+        if own and not any(map(distributed.is_sharded, own)) and own.isdisjoint(self.model.parameters()):
+            raise RuntimeError(
+                f"curvature refresh: the attached model has none of the optimizer's {len(own)} parameters any more: "
+                "something has replaced them after attach(), as DeepSpeed's ZeRO does by flat copies, which is not "
+                "supported; expected fully_shard, DDP or a plain module, and attach() after it"
             )
 
     def check_units(self) -> None:
@@ -196,6 +207,7 @@ def before_step(optimizer: Any) -> dict | None:
         attachment.check_first()
         return None
     optimizer._telemetry.warn(optimizer)
+    attachment.check_owned()
     of = attachment
     result = estimate(optimizer, of.model, [of.call], of.process_group, of.options, of.known)
     _warn_of_unreached(optimizer, result["reached"])

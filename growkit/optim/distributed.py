@@ -75,6 +75,11 @@ def in_backward():
 
 def check(model):
     """Raise RuntimeError, which names it, for a way of spreading the model over processes that a refresh cannot see."""
+    if any(hasattr(p, "ds_id") for p in model.parameters()):
+        raise RuntimeError(
+            "attach: the model's parameters are empty between calls, as DeepSpeed's ZeRO stage 3 makes them, which is "
+            "not supported; expected FSDP2 (torch.distributed.fsdp.fully_shard), DDP or a plain module"
+        )
     if world_size() == 1:
         return
     if _instances(model.modules(), "torch.distributed.fsdp", "FullyShardedDataParallel"):

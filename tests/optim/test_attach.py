@@ -417,3 +417,24 @@ def test_only_the_first_refresh_waits_to_learn_what_the_loss_scores(kind):
         found.append(waits.found)
         optimizer.step()
     assert found[0] and not found[1] and not found[2], found
+
+
+def test_parameters_that_a_wrapper_has_replaced_by_flat_copies_are_refused():
+    model = mlp()
+    optimizer = SophiaG(model.parameters())
+    optimizer.attach(model)
+    flat = nn.Parameter(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    optimizer.param_groups[0]["params"] = [flat]
+    forward_backward(model, 0)
+    flat.grad = torch.cat([p.grad.flatten() for p in model.parameters()])
+    before = flat.detach().clone()
+    with pytest.raises(RuntimeError, match="none of the optimizer's 1 parameters any more: .* DeepSpeed's ZeRO"):
+        optimizer.step()
+    assert torch.equal(flat, before) and not optimizer.state
+
+
+def test_parameters_of_zero_stage_3_are_refused():
+    model = mlp()
+    model[0].weight.ds_id = 0  # DeepSpeed's mark
+    with pytest.raises(RuntimeError, match="DeepSpeed's ZeRO stage 3"):
+        SophiaG(model.parameters()).attach(model)
