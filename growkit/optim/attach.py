@@ -55,8 +55,8 @@ class Attachment:
         outside = own.keys() - set(model.parameters())
         if own and len(outside) == len(own):
             raise ValueError(
-                f"attach: model has none of the optimizer's {len(own)} parameters (a copy, loaded anew, or made flat by "
-                "DeepSpeed's ZeRO?), expected the model that is trained"
+                f"attach: model has none of the optimizer's {len(own)} parameters (a copy, loaded anew, or DeepSpeed's "
+                "ZeRO, which makes them flat?), expected the model that is trained"
             )
         if outside:
             warn(
