@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 from growkit.optim import curvature, distributed, likelihood
+from growkit.optim.options import Phase
 from growkit.optim.replay import Call, replaying, undisturbed
 from growkit.warn import called_by, warn
 
@@ -32,7 +33,7 @@ class Attachment:
             raise TypeError(f"attach: model is {type(model).__name__}, expected a torch.nn.Module")
         if not isinstance(every, int) or isinstance(every, bool) or every < 1:
             raise ValueError(f"attach: every={every!r}, expected an integer >= 1")
-        if phase not in ("paper", "official"):
+        if phase not in get_args(Phase):
             raise ValueError(f"attach: phase={phase!r}, expected 'paper' or 'official'")
         distributed.check(model)
         self.process_group = distributed.group_of(model, process_group)

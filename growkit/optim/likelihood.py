@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch.autograd.graph import GradientEdge, get_gradient_edge
@@ -33,11 +33,12 @@ class gaussian:
             raise ValueError(f"gaussian: sigma={self.sigma!r}, expected a finite number > 0")
 
 
-Likelihood = str | gaussian | Callable[[Any], tuple[torch.Tensor, Any]]
+Named = Literal["categorical", "bernoulli"]
+Likelihood = Named | gaussian | Callable[[Any], tuple[torch.Tensor, Any]]
 
 
 def check(likelihood: Likelihood | None) -> None:
-    known = likelihood in (None, "categorical", "bernoulli") if isinstance(likelihood, str | None) else False
+    known = likelihood is None or isinstance(likelihood, str) and likelihood in get_args(Named)
     if (
         not known
         and not isinstance(likelihood, gaussian)

@@ -12,6 +12,7 @@ import torch
 from growkit import kernels
 
 Rounding = Literal["stochastic", "master", "nearest"]  # of a float32 result to a bfloat16 parameter
+Phase = Literal["paper", "official"]  # refreshes at steps 1, 1+every, ...; at every, 2*every, ...
 StateDtype = torch.dtype | Literal["8bit"]
 
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64, torch.complex128)

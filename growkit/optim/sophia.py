@@ -12,7 +12,7 @@ from growkit import ops
 from growkit.optim import curvature
 from growkit.optim.base import SophiaBase
 from growkit.optim.likelihood import Likelihood, check
-from growkit.optim.options import Rounding, StateDtype, check_callable
+from growkit.optim.options import Phase, Rounding, StateDtype, check_callable
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup  # missing where torch is built without
@@ -98,7 +98,7 @@ class SophiaG(SophiaBase):
         model: torch.nn.Module,
         every: int = 10,
         *,
-        phase: str = "paper",
+        phase: Phase = "paper",
         process_group: ProcessGroup | None = None,
         logits: Callable[[Any], torch.Tensor] | None = None,
         mask: Callable[[tuple, dict], torch.Tensor] | None = None,
@@ -223,7 +223,7 @@ class SophiaH(SophiaBase):
         model: torch.nn.Module,
         every: int = 10,
         *,
-        phase: str = "paper",
+        phase: Phase = "paper",
         process_group: ProcessGroup | None = None,
         loss: Callable[[Any], torch.Tensor] | None = None,
     ) -> None:

@@ -34,6 +34,7 @@ optimizer = growkit.SophiaG(model.parameters())
 optimizer.attach(model.parameters())  # wrong
 optimizer.attach(model, every="10")  # wrong
 optimizer.attach(model, 10, "official")  # wrong
+optimizer.attach(model, phase="offical")  # wrong
 optimizer.attach(model, k=10)  # wrong
 optimizer.attach(model, mask=True)  # wrong
 optimizer.attach(model, loss=lambda output: output.loss)  # wrong
@@ -41,6 +42,7 @@ optimizer.refresh(model)  # wrong
 optimizer.refresh(batches, model)  # wrong
 optimizer.refresh(model, 10)  # wrong
 optimizer.refresh(model, batches, likelihood=3)  # wrong
+optimizer.refresh(model, batches, likelihood="gaussian")  # wrong
 optimizer.refresh(model, batches, labels=batches)  # wrong
 optimizer.step(bs="480")  # wrong
 optimizer.metrics()["unclipped"].item()  # wrong
