@@ -122,6 +122,7 @@ def test_each_kind_of_run_of_each_study(study, tmp_path, monkeypatch):
     assert set(STUDIES) == set(plan.STUDIES)
     monkeypatch.setattr(runs, "MARKED", 4)
     monkeypatch.setattr(runs, "VALIDATED", 8)
+    monkeypatch.setattr(runs, "text", lambda: bytes(range(97, 123)) * 1000)
     runs.corpus.cache_clear()
     kinds = {}
     for config in answers(study, by_rate, 1e-3):

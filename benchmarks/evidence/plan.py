@@ -203,11 +203,13 @@ MORE_SEEDS = (0, 1, 2, 3, 4)
 
 
 def best_size(ask: Ask, scale: float = 1.0) -> None:
-    """Growing into the size that does best from scratch, against that size."""
+    """Growing into the size that does best from scratch, against that size; and, untuned, into the others."""
     if grown_into := into_between(ask, scale):
         over_seeds(ask, grown_into)
         over_seeds(ask, changed(grown_into, flops=TOTALS[1] * scale))
         over_seeds(ask, grown_into, MORE_SEEDS)
+        for size in OTHER_SIZES:
+            over_seeds(ask, changed(grown_into, size=size))
     if from_scratch := three_rates(ask, direct(BETWEEN, scale)):
         over_seeds(ask, from_scratch, MORE_SEEDS)
 

@@ -178,12 +178,25 @@ def arm_rows(results, arms):
 
 def best_rows(results):
     from_scratch = plan.three_rates(results.ask, plan.direct(plan.BETWEEN))
-    into, half = plan.into_between(results.ask), plan.TOTALS[1]
-    for name, config in (("from scratch", from_scratch), (f"{plan.SMALL} grown into it", into)):
-        losses = results.losses(config, plan.MORE_SEEDS)
-        shorter = results.losses(config and plan.changed(config, flops=half))
-        by_seed = [f"{each:.3f}" for each in losses] if losses else [NONE] * len(plan.MORE_SEEDS)
-        yield name, cell(shorter), cell(losses), *by_seed
+    into, totals = plan.into_between(results.ask), plan.TOTALS[1:]
+    targets = results.losses(from_scratch)
+    for name, config in ((f"{plan.BETWEEN} from scratch", from_scratch), (f"{plan.SMALL} grown into it", into)):
+        losses = [results.losses(config and plan.changed(config, flops=total)) for total in totals]
+        seeds = results.losses(config, plan.MORE_SEEDS)
+        by_seed = [f"{each:.3f}" for each in seeds] if seeds else [NONE] * len(plan.MORE_SEEDS)
+        last = "" if config == from_scratch else saving(losses, totals, targets)
+        yield name, cell(losses[0]), cell(seeds), *by_seed, last
+
+
+def saving(losses, totals, targets):
+    """In words, how much less than all FLOPs reaches the targets; losses of each total by seed, targets by seed."""
+    if targets is None or None in losses:
+        return NONE
+    found = [reaches(each, totals, target) for *each, target in zip(*losses, targets, strict=True)]
+    if None in found:
+        return "none"
+    saved = [1 - each / totals[-1] for each in found]
+    return f"{min(saved):.0%} to {max(saved):.0%}" + (" or more" if min(found) == totals[0] else "")
 
 
 def growth_arms(results):
@@ -202,11 +215,23 @@ def sizes(results):
     return dict(sorted(found.items(), key=lambda item: item[1][0]["parameters"]))
 
 
+def grown_sizes(results):
+    """size -> records of it grown from the small one, in the order of parameters; those that were run."""
+    into = plan.into_between(results.ask)
+    configs = {size: into and plan.changed(into, size=size) for size in plan.OTHER_SIZES} | {plan.BETWEEN: into}
+    configs[plan.LARGE] = plan.growth_arms(results.ask)[f"{plan.SMALL} grown into {plan.LARGE}"]
+    found = {size: results.records(config) for size, config in configs.items()}
+    found = {size: records for size, records in found.items() if records}
+    return dict(sorted(found.items(), key=lambda item: item[1][0]["parameters"]))
+
+
 def size_curve_rows(results):
+    grown = grown_sizes(results)
     for size, records in sizes(results).items():
         r = records[0]
         lr = f"{r['config']['stages'][-1]['lr']:.2g}"
-        yield size, f"{r['parameters']:,}", f"{r['steps']:,}", lr, cell([r["bits"] for r in records])
+        after = "" if size == plan.SMALL else cell([r["bits"] for r in grown[size]] if size in grown else None)
+        yield size, f"{r['parameters']:,}", f"{r['steps']:,}", lr, cell([r["bits"] for r in records]), after
 
 
 def reaches(losses, totals, target):
@@ -224,21 +249,10 @@ def reaches(losses, totals, target):
 
 
 def both_rows(results):
-    scratch = results.losses(plan.growth_arms(results.ask)[f"{plan.LARGE} from scratch"])
+    targets = results.losses(plan.growth_arms(results.ask)[f"{plan.LARGE} from scratch"])
     for name, config in plan.both_arms(results.ask).items():
         losses = [results.losses(config and plan.changed(config, flops=total)) for total in plan.TOTALS]
-        row = [cell(each) for each in losses]
-        if None in losses or scratch is None:
-            yield name, *row, NONE
-            continue
-        by_seed = zip(*losses, strict=True)
-        found = [reaches(each, plan.TOTALS, target) for each, target in zip(by_seed, scratch, strict=True)]
-        if None in found:
-            yield name, *row, "none"
-            continue
-        saved = [1 - each / plan.TOTAL for each in found]
-        least = "at least " if min(found) == plan.TOTALS[0] else ""
-        yield name, *row, least + f"{min(saved):.0%} to {max(saved):.0%}"
+        yield name, *map(cell, losses), saving(losses, plan.TOTALS, targets)
 
 
 def when_rows(results):
@@ -265,6 +279,7 @@ def vit_rows(results):
 
 
 ARM = ("run", "lr", "right after growth", "operator's FLOPs", "bits/byte")
+AT = [f"at {flops(total)} FLOPs" for total in plan.TOTALS]
 TABLES = {
     "optimizers": optimizer_table,
     "trials": lambda r: table(("optimizer", "setting", "bits/byte, seed 0"), trial_rows(r)),
@@ -273,18 +288,12 @@ TABLES = {
     "growth": lambda r: table(ARM, arm_rows(r, growth_arms(r))),
     "starts": lambda r: table(ARM, arm_rows(r, plan.start_arms(r.ask) | plan.more_start_arms(r.ask))),
     "best": lambda r: table(
-        (
-            plan.BETWEEN,
-            f"at {flops(plan.TOTALS[1])} FLOPs",
-            f"at {flops(plan.TOTAL)} FLOPs",
-            *[f"seed {i}" for i in plan.MORE_SEEDS],
-        ),
-        best_rows(r),
+        ("run", *AT[1:], *[f"seed {i}" for i in plan.MORE_SEEDS], "saved, seeds 0 to 2"), best_rows(r)
     ),
-    "sizes": lambda r: table(("layers x width", "parameters", "steps", "lr", "bits/byte"), size_curve_rows(r)),
-    "both": lambda r: table(
-        ("run", *(f"bits/byte at {flops(total)} FLOPs" for total in plan.TOTALS), "saved"), both_rows(r)
+    "sizes": lambda r: table(
+        ("layers x width", "parameters", "steps", "lr", "from scratch", f"grown from {plan.SMALL}"), size_curve_rows(r)
     ),
+    "both": lambda r: table(("run", *AT, "saved"), both_rows(r)),
     "when": lambda r: table(("grown at step", "of all FLOPs", "small, when it is grown", "bits/byte"), when_rows(r)),
     "vit": lambda r: table(("run", "lr", "bits/label", "error, %"), vit_rows(r)),
 }
@@ -321,26 +330,23 @@ def optimizer_figure(results):
 
 
 def growth_figure(results):
-    """What each size reaches for the same FLOPs, trained directly, and what growing reaches."""
+    """What each size reaches for the same FLOPs, trained directly, and grown."""
     drawn, ax = axes()
-    found = sizes(results)
-    x = [records[0]["parameters"] for records in found.values()]
-    losses = [[record["bits"] for record in records] for records in found.values()]
-    ax.plot(x, [statistics.fmean(each) for each in losses], "o-", color=COLORS["direct"])
-    ax.fill_between(x, [min(e) for e in losses], [max(e) for e in losses], color=COLORS["direct"], alpha=0.2)
-    words = {"textcoords": "offset points", "ha": "right"}
-    ax.annotate("one size for all FLOPs", (x[-1], statistics.fmean(losses[-1])), (-12, 0), color="#4c72b0", **words)
-    config = plan.growth_arms(results.ask)[f"{plan.SMALL} grown into {plan.LARGE}"]
-    if records := results.records(config):
-        grown = [record["bits"] for record in records]
-        ax.axhspan(min(grown), max(grown), color=COLORS["grown"], alpha=0.2, linewidth=0)
-        ax.axhline(statistics.fmean(grown), color=COLORS["grown"])
-        at = x[-1], statistics.fmean(grown)
-        ax.annotate(f"{plan.SMALL} grown into {plan.LARGE}", at, (0, 6), color=COLORS["grown"], **words)
+    from_scratch, grown = sizes(results), grown_sizes(results)
+    count = {size: records[0]["parameters"] for size, records in from_scratch.items()}
+    for found, color, words in ((from_scratch, "direct", "from scratch"), (grown, "grown", f"grown from {plan.SMALL}")):
+        losses = {count[size]: [record["bits"] for record in records] for size, records in found.items()}
+        x, means = list(losses), [statistics.fmean(each) for each in losses.values()]
+        ax.plot(x, means, "o-", color=COLORS[color])
+        low, high = ([limit(each) for each in losses.values()] for limit in (min, max))
+        ax.fill_between(x, low, high, color=COLORS[color], alpha=0.2, linewidth=0)
+        if x:
+            at = {"textcoords": "offset points", "ha": "right"}
+            ax.annotate(words, (x[-1], means[-1]), (-14, 2), color=COLORS[color], **at)
     ax.set_xscale("log")
-    ax.set_xticks(x, [f"{size}\n{count:,}" for size, count in zip(found, x, strict=True)], fontsize=8)
+    ax.set_xticks(list(count.values()), [f"{size}\n{each:,}" for size, each in count.items()], fontsize=8)
     ax.minorticks_off()
-    ax.set_xlabel(f"layers x width, parameters; every run costs {flops(plan.TOTAL)} FLOPs")
+    ax.set_xlabel(f"layers x width, parameters; every run costs {flops(plan.TOTAL)} FLOPs, everything counted")
     ax.set_ylabel("bits per byte of held-out text")
     return drawn
 
