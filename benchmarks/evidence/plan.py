@@ -308,11 +308,12 @@ def grown_at(best: dict, steps: int, scale: float = 1.0) -> dict:
     return best | {"stages": [config(small_stage(steps, scale))["stages"][0], best["stages"][-1]]}
 
 
+EMBEDDINGS = "embeddings, norms, biases at twice the lr"
 # name: what changes in the tuned setting
 DETAILS = {
     "mixed": {"no curvature": {"rho": 1e-9}},
     "adamw": {
-        "embeddings, norms, biases at twice the lr": {"other_lr": 4e-3},
+        EMBEDDINGS: {"other_lr": 4e-3},
         "warm-up 120": {"warmup": 120},
         "linear decay": {"decay": 1.0},
     },
@@ -335,6 +336,8 @@ def details(ask: Ask, scale: float = 1.0) -> None:
         if found := tuned(ask, name, scale):
             for change in changes.values():
                 over_seeds(ask, changed(found.config, **change))
+    if longer := at_horizon(ask, "adamw", LONG, scale):
+        over_seeds(ask, changed(longer, **DETAILS["adamw"][EMBEDDINGS]))
 
 
 LARGER = "4x96"

@@ -139,15 +139,20 @@ def trial_rows(results):
 
 def detail_rows(results):
     for name, changes in plan.DETAILS.items():
-        found = plan.tuned(results.ask, name)
-        if found is None:
-            continue
-        tuned = results.losses(found.config)
-        yield NAMES[name], "as tuned", cell(tuned), ""
-        for change, values in changes.items():
-            losses = results.losses(plan.changed(found.config, **values))
-            apart = losses and [b - a for a, b in zip(tuned, losses, strict=True)]
-            yield NAMES[name], change, cell(losses), NONE if apart is None else cell(apart)
+        if found := plan.tuned(results.ask, name):
+            yield from changed_rows(results, NAMES[name], found.config, changes)
+    if longer := plan.at_horizon(results.ask, "adamw", plan.LONG):
+        changes = {plan.EMBEDDINGS: plan.DETAILS["adamw"][plan.EMBEDDINGS]}
+        yield from changed_rows(results, f"AdamW, {plan.LONG} steps", longer, changes)
+
+
+def changed_rows(results, name, config, changes):
+    tuned = results.losses(config)
+    yield name, "as tuned", cell(tuned), ""
+    for change, values in changes.items():
+        losses = results.losses(plan.changed(config, **values))
+        apart = tuned and losses and [b - a for a, b in zip(tuned, losses, strict=True)]
+        yield name, change, cell(losses), cell(apart)
 
 
 def size_rows(results):
