@@ -318,19 +318,32 @@ def axes(width=7.0, height=4.2):
 
 
 def optimizer_figure(results):
-    """Three seeds of each optimizer, at its best setting; the band is AdamW's range."""
-    drawn, ax = axes(8.0)
-    rows = [(name, plan.tuned(results.ask, name)) for name in NAMES]
-    rows = [(name, results.losses(found.config)) for name, found in rows if found]
-    rows.sort(key=lambda row: -statistics.fmean(row[1]))
-    for y, (name, losses) in enumerate(rows):
-        color = COLORS["grown"] if "Sophia" in NAMES[name] else COLORS["direct"]
-        ax.plot(losses, [y] * 3, "o", color=color, alpha=0.6)
-        ax.plot([statistics.fmean(losses)] * 2, [y - 0.3, y + 0.3], color=color, linewidth=2.2)
-        if name == "adamw":
-            ax.axvspan(min(losses), max(losses), color=COLORS["direct"], alpha=0.15, linewidth=0)
-    ax.set_yticks(range(len(rows)), [NAMES[name] for name, _ in rows])
-    ax.set_xlabel(f"bits per byte after {plan.SHORT} steps, 3 seeds and their mean")
+    """Three seeds of each optimizer at its best setting, at both horizons; the bands are AdamW's ranges."""
+    found = {name: plan.tuned(results.ask, name) for name in NAMES}
+    configs = {
+        NAMES[name]: (found[name] and found[name].config, plan.at_horizon(results.ask, name, plan.LONG))
+        for name in NAMES
+    }
+    change = plan.DETAILS["adamw"][plan.EMBEDDINGS]
+    extra = [config and plan.changed(config, **change) for config in configs["AdamW"]]
+    configs["AdamW, embeddings at twice the lr (untuned)"] = extra
+    losses = {title: [results.losses(config) for config in pair] for title, pair in configs.items()}
+    shown = [title for title in losses if losses[title][0]]
+    shown.sort(key=lambda title: -statistics.fmean(losses[title][0]))
+    drawn = Figure(figsize=(10, 4.2), layout="constrained")
+    for i, (ax, steps) in enumerate(zip(drawn.subplots(1, 2, sharey=True), (plan.SHORT, plan.LONG), strict=True)):
+        for y, title in enumerate(shown):
+            if (seeds := losses[title][i]) is None:
+                continue
+            color = COLORS["grown" if "Sophia" in title else "direct"]
+            ax.plot(seeds, [y] * len(seeds), "o", color=color, alpha=0.6)
+            ax.plot([statistics.fmean(seeds)] * 2, [y - 0.3, y + 0.3], color=color, linewidth=2.2)
+            if title == "AdamW":
+                ax.axvspan(min(seeds), max(seeds), color=color, alpha=0.15, linewidth=0)
+        ax.set_yticks(range(len(shown)), shown)
+        ax.set_xlabel(f"bits per byte after {steps:,} steps")
+        ax.grid(alpha=0.3)
+        ax.spines[["top", "right"]].set_visible(False)
     return drawn
 
 
