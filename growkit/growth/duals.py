@@ -234,13 +234,14 @@ def _attention(maps, growth):
         for side, M, rows in zip(sides, new, known, strict=True)
     }
     eye = torch.eye(d2, d1, dtype=Q.dtype, device=Q.device)
-    told = (torch.arange(d2, device=Q.device) < d1) & (alike and bool(torch.isclose(read, read[:1]).all()))
+    told = (torch.arange(d2, device=Q.device) < d1) & (alike and d1 == d2 and bool(torch.isclose(read, read[:1]).all()))
     gains = Dual(eye * read[0] * told[:, None], told)
     found |= {"query_gain": gains, "key_gain": gains}
     for space in ("query", "key"):
         written = found[f"{space}_write"]
         found[f"{space}_gains"] = written
-        if growth.family.attention.normed == "heads" and H2 > H1:  # behind the norm's two projections
+        normed = growth.family.attention.normed
+        if (normed == "heads" and H2 > H1) or (normed and d2 > d1):  # behind the norm's two projections
             found[f"{space}_write"] = Dual(written.matrix, torch.zeros_like(written.known))
     return found
 

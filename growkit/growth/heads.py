@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 
 from growkit.growth.copies import copy_index, layered_scale, scale_of, shares_of, told_apart, top
-from growkit.growth.spaces import HeadStructured, HeadTop, Identity, IdentityTop, Map
+from growkit.growth.spaces import Dense, HeadStructured, HeadTop, Identity, Map
 from growkit.growth.starts import Growth, Random
 
 
@@ -58,12 +58,15 @@ def attention_maps(growth: Growth, layers: Sequence[int], random: Random) -> dic
     slots = _slots(growth, d1, d2)
     same = torch.eye(d1, dtype=random.dtype)[slots] * (slots >= 0)[:, None]  # [d2, d1], new dimensions zero
     fresh = same + (slots < 0)[:, None] * random.normal(d2, d1)
+    normed = family.attention.normed == "head_dim" and d2 > d1
+    every = torch.eye(d1, dtype=random.dtype)[_copies(growth, d1, d2)] if normed and d2 % d1 == 0 else fresh
     # Scores are divided by sqrt(head_dim). New query dimensions are zero, new key dimensions are not: both zero would
     # leave both without gradient.
     scaled = family.attention.scaled
     if isinstance(scaled, str):
         scaled = getattr(growth.config, scaled, True)
-    scale = math.sqrt(d2 / d1) if scaled else 1.0
+    longer = math.sqrt(d2 / d1)
+    scale = longer if scaled or normed else 1.0
     rotary = bool(rotary_dims(growth, d1))
 
     def heads(placed, old, R, scale=1.0, unread=False):
@@ -88,7 +91,7 @@ def attention_maps(growth: Growth, layers: Sequence[int], random: Random) -> dic
 
     maps = {
         "query_write": heads(queries, H1, same, scale),
-        "key_write": heads(keys, K1, fresh),
+        "key_write": heads(keys, K1, every),
         "value_write": heads(keys, K1, fresh),
         "value_read": heads(queries, H1, same, read_scale, unread=True),
     }
@@ -96,9 +99,24 @@ def attention_maps(growth: Growth, layers: Sequence[int], random: Random) -> dic
         maps[f"{space}_gains"] = heads(placed, old, same)
     if growth.copied_heads:
         maps["value_read"] = told_apart(growth, maps["value_read"], index, H1, random, same)
-    for side in ("query_gain", "key_gain"):
-        maps[side] = Identity(d1) if d1 == d2 else IdentityTop(random.normal(d2 - d1, d1))
+    maps["key_gain"] = Dense(every.clone()) if normed else Identity(d1)
+    maps["query_gain"] = Dense(every.clone(), 1.0 if scaled else 1 / longer) if normed else Identity(d1)
     return maps
+
+
+def _copies(growth, d1, d2):
+    """For every dimension of a new head the old one that a normed key holds there, each as often as any other.
+
+    The mean square over a head is then what it was; of queries, which are zero but in the slots of old frequencies and
+    longer by sqrt(d2/d1), too.
+    """
+    index = _slots(growth, d1, d2)
+    grown, times = rotary_dims(growth, d2), d2 // d1
+    half = grown // 2
+    pairs = torch.arange(half) // times * times  # the old frequency at or before each
+    index[:grown] = torch.cat([index[pairs], index[half + pairs]])
+    index[grown:] = index[grown : grown + (d2 - grown) // times].repeat(times)
+    return index
 
 
 def _slots(growth, d1, d2):

@@ -73,16 +73,19 @@ def obstacles(growth: Growth, tolerance: float) -> list[str]:
     if big["head_dim"] != small["head_dim"]:
         field = fields.get("head_dim", fields["heads"])
         got = f"got {big['head_dim']}, nearest {small['head_dim']}"
-        if family.attention.normed:
-            found.append(f"{field}: heads whose queries and keys are normed keep their size: {got}")
-        elif rotated := rotary_dims(growth, small["head_dim"]):
-            grown = rotary_dims(growth, big["head_dim"])
-            if grown % rotated or grown // rotated * small["head_dim"] != big["head_dim"]:
-                nearest = max(1, round(big["head_dim"] / small["head_dim"])) * small["head_dim"]
-                found.append(
-                    f"{field}: rotary frequencies stay only in heads of a multiple of {small['head_dim']}: "
-                    f"got {big['head_dim']}, nearest {nearest}"
-                )
+        rotated, grown = (rotary_dims(growth, sizes["head_dim"]) for sizes in (small, big))
+        times = big["head_dim"] // small["head_dim"]
+        if family.attention.normed == "heads":
+            found.append(f"{field}: heads whose queries and keys are normed together keep their size: {got}")
+        elif (rotated or family.attention.normed) and (
+            big["head_dim"] != times * small["head_dim"] or grown != times * rotated
+        ):
+            nearest = max(1, round(big["head_dim"] / small["head_dim"])) * small["head_dim"]
+            found.append(
+                f"{field}: rotary frequencies, and norms of queries and keys, stay only in heads of a multiple of "
+                f"{small['head_dim']}: got {big['head_dim']}, nearest {nearest}"
+            )
+        if rotated:
             found += _frequency_words(field, got, config)
     if family.experts:
         found += _expert_words(fields, small, big)

@@ -94,7 +94,8 @@ LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_positio
 LARGER_HEADS = {
     "llama": {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
     "mistral": {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, **LLAMA3}},
-    "phi3": {}, "gemma2": {}, "gpt_neox": {"num_attention_heads": 3, "hidden_size": 48}, "mixtral": {},
+    "phi3": {}, "gemma2": {}, "qwen3": {}, "gemma3_text": {}, "mixtral": {},
+    "gpt_neox": {"num_attention_heads": 3, "hidden_size": 48},
 }  # fmt: skip
 
 

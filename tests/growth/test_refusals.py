@@ -124,7 +124,7 @@ IMPOSSIBLE = {
         "head_dim: rope_type 'yarn' .* nearest 8",
     ),
     "rotary heads": (LLAMA(24, 3, 2, 50), LLAMA(24, 3, 2, 50, head_dim=10), "head_dim: .* got 10, nearest 8"),
-    "normed heads": (QWEN3(24, 3, 2, 50), QWEN3(24, 3, 2, 50, head_dim=16), "head_dim: .* nearest 8"),
+    "normed heads": (QWEN3(24, 3, 2, 50), QWEN3(24, 3, 2, 50, head_dim=14), "head_dim: .* norms .* nearest 16"),
     "heads normed together": (OLMO2(24, 6, 2, 50, 3), OLMO2(40, 10, 2, 50, 5), "num_attention_heads: .* nearest 12"),
     "groups": (LLAMA(36, 9, 2, 50, 3), LLAMA(40, 10, 2, 50, 5), "num_key_value_heads: .* got 5, nearest 10"),
     "post-norm eps": (
