@@ -1,4 +1,4 @@
-"""The examples of growth, thinned: every run costs what it may, and growth loses nothing."""
+"""The examples of growth and the program behind a table, thinned: runs cost what they may, growth loses nothing."""
 
 import importlib.util
 import re
@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("transformers")
-EXAMPLES = Path(__file__).parents[2] / "examples"
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
 def example(monkeypatch):
     """name -> module; some import their neighbours."""
-    monkeypatch.syspath_prepend(EXAMPLES)
+    for folder in ("benchmarks", "examples"):
+        monkeypatch.syspath_prepend(ROOT / folder)
     return importlib.import_module
 
 
@@ -46,7 +47,7 @@ def test_progressive(example, capsys):
 
 def test_growth_state(example, capsys, monkeypatch):
     norm = importlib.import_module("transformers.models.llama.modeling_llama").LlamaRMSNorm
-    monkeypatch.setattr(norm, "forward", norm.forward)  # the example puts one of float64 in its place
+    monkeypatch.setattr(norm, "forward", norm.forward)  # the program puts one of float64 in its place
     example("growth_state").main(["--families", "llama", "--starts", "zero_blocks", "--steps", "2"])
     row = [cell.strip() for cell in capsys.readouterr().out.splitlines()[-1].split("|")[1:-1]]
     assert row[:2] == ["llama", "zero_blocks"] and float(row[3]) < 1e-12 and row[5:7] == ["100%", "100%"]

@@ -8,7 +8,7 @@ import torch
 
 pytest.importorskip("transformers")
 _spec = importlib.util.spec_from_file_location(
-    "growth_table", Path(__file__).parents[2] / "examples" / "growth_table.py"
+    "growth_table", Path(__file__).parents[2] / "benchmarks" / "growth_table.py"
 )
 growth_table = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(growth_table)

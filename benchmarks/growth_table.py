@@ -1,7 +1,7 @@
 """Grow a small model of every family by every kind of growth, and print what became of it as a table.
 
-    python examples/growth_table.py [--families gpt2 llama ...] [--starts lossless stack ...] [--dtype float64]
-    python examples/growth_table.py --trained 300    # instead: really trained models, grown losslessly
+    python benchmarks/growth_table.py [--families gpt2 llama ...] [--starts lossless stack ...] [--dtype float64]
+    python benchmarks/growth_table.py --trained 300    # instead: really trained models, grown losslessly
 
 Every parameter of the small models is random, so that nothing agrees by chance. Each grown model is saved and loaded
 again with nothing missing, unexpected or mismatched; compared with the small one on random tokens or pixels; asked to

@@ -1,6 +1,6 @@
 """How near the grown state of an optimizer is to what the large model's own gradients would have left, as a table.
 
-    python examples/growth_state.py [--families gpt2 llama bert ...] [--starts lossless hypercloning ...]
+    python benchmarks/growth_state.py [--families gpt2 llama bert ...] [--starts lossless hypercloning ...]
 
 Small models with random parameters, grown in every direction at once, in float64 (RMSNorm too, which transformers
 computes in float32). Small and large model see the same batches with weights that stay, so that the means of their
