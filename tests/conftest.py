@@ -31,13 +31,13 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="slow: run with -m slow"))
 
 
-TRACED = 1.0  # seconds of this process
+TRACED = 1.5  # seconds of this process
 _spent = collections.Counter()  # by the cases of a test so far, while they were traced
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item):
-    """Coverage counts the cases of a test until they have taken a second: its tracer makes Python two to three times
+    """Coverage counts the cases of a test until they have taken 1.5 s: its tracer makes Python two to three times
     slower, and the many cases of a slow test go the same ways. Processes that a test starts are all counted, and so are
     benchmarks, of which every case goes its own way."""
     test, tracer = item.nodeid.partition("[")[0], sys.gettrace()

@@ -129,6 +129,10 @@ def trained(plan, settings, data, seed, device, out, told):
                 left[name] = value.pop("left", None)
                 yield name, value
             told()
+        for pipe in idle:
+            pipe.close()  # which ends its process
+        for process in processes:
+            process.join(10)
     finally:
         for process in processes:
             process.terminate()
