@@ -105,4 +105,4 @@ $(INSTALLED): pyproject.toml setup.py Makefile $(wildcard csrc/*)
 
 clean:
 	rm -rf .venv .venv-integrations .venv-oldest build dist site growkit.egg-info
-	rm -rf .coverage .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .coverage* .pytest_cache .ruff_cache .mypy_cache .hypothesis

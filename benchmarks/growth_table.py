@@ -275,7 +275,7 @@ def main(arguments=None):
     parser.add_argument("--starts", nargs="+", default=list(STARTS), choices=STARTS)
     parser.add_argument("--dtype", default="float64", choices=("float64", "float32"))
     parser.add_argument("--noise", type=float, default=0.0, help="of the starts that copy")
-    parser.add_argument("--steps", type=int, default=8, help="of training after growth")
+    parser.add_argument("--steps", type=int, default=20, help="of training after growth")
     parser.add_argument("--trained", type=int, metavar="STEPS", help=f"of training {', '.join(TRAINED)} before growth")
     options = parser.parse_args(arguments)
     warnings.simplefilter("ignore")
