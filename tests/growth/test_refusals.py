@@ -158,6 +158,10 @@ def test_each_kind_of_growth_refuses_what_it_cannot_keep():
         LiGO(small, gpt2(40, 5, 3), start="zero_blocks")
     with pytest.raises(ValueError, match="n_layer: two overlapping copies of 2 layers make at most 4: got 5"):
         LiGO(small, gpt2(24, 3, 5), start="overlap")
+    listed = CONFIGS["qwen3"](16, 2, 3, 40)  # with one entry a layer, which is looked up first
+    listed.layer_types = ["full_attention"] * 3
+    with pytest.raises(ValueError, match="num_hidden_layers: two overlapping copies of 3 layers make at most 6: got 9"):
+        LiGO(model(listed), {"num_hidden_layers": 9}, "overlap")
 
 
 def test_a_config_of_sizes_only_is_sizes_only():
