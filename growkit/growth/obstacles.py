@@ -8,14 +8,17 @@ from growkit.growth.heads import groups_fit, rotary_dims
 from growkit.growth.starts import Growth, Start
 
 
-def refuse(family: Family, small: Mapping[str, int], big: Mapping[str, int], start: Start, config: Any) -> None:
+def refuse_layers(family: Family, L1: int, L2: int, start: Start) -> None:
+    """ValueError where the start has no layers enough; before each large layer is given a small one."""
+    if start.depth == "overlap" and L2 > 2 * L1:
+        raise ValueError(
+            f"big_config.{family.layers.field}: two overlapping copies of {L1} layers make at most {2 * L1}: got {L2}"
+        )
+
+
+def refuse(family: Family, small: Mapping[str, int], big: Mapping[str, int], config: Any) -> None:
     """ValueError, naming a field and the nearest size, for what there is no growth of any kind to."""
     fields = {name: size.field for name, size in family.fields().items()}
-    if start.depth == "overlap" and big["layers"] > 2 * small["layers"]:
-        raise ValueError(
-            f"big_config.{fields['layers']}: two overlapping copies of {small['layers']} layers make at most "
-            f"{2 * small['layers']}: got {big['layers']}"
-        )
     if big["head_dim"] != small["head_dim"] and "longrope" in _scalings(config):
         field = fields.get("head_dim", fields["heads"])
         raise ValueError(

@@ -8,7 +8,7 @@ from torch import nn
 from growkit.growth.check import TOLERANCE
 from growkit.growth.families import FAMILIES
 from growkit.growth.families.table import Family
-from growkit.growth.obstacles import obstacles, refuse
+from growkit.growth.obstacles import obstacles, refuse, refuse_layers
 from growkit.growth.source import is_tied, layer_counts, meta
 from growkit.growth.starts import Growth, Start, source_layers
 from growkit.growth.target import grown_config
@@ -49,9 +49,11 @@ def family_of(config: Any, given: Family | None, what: Any) -> Family:
 
 def outline(family: Family, model_class: type, config: Any, wanted: Any, start: Start, noise: float = 0.0) -> Outline:
     """ValueError for a size that shrinks, a field that differs, a start that cannot reach it."""
-    source = source_layers(start.depth, *layer_counts(family, config, wanted))
+    layers = layer_counts(family, config, wanted)
+    refuse_layers(family, *layers, start)
+    source = source_layers(start.depth, *layers)
     small, big, grown = grown_config(family, config, wanted, source)
-    refuse(family, small, big, start, config)
+    refuse(family, small, big, config)
     grown.architectures = [model_class.__name__]
     skeletons = meta(model_class, config), meta(model_class, grown)
     growth = Growth(family, small, big, start, config, is_tied(family, skeletons[0]), noise)

@@ -125,8 +125,7 @@ def source_layers(depth: str, L1: int, L2: int) -> list[int]:
         return [t % L1 for t in range(L2)]
     if depth == "overlap":  # SOLAR, arXiv:2312.15166: the bottom part, then the top part
         bottom = -(-L2 // 2)
-        parts = [*range(bottom), *range(L1 - (L2 - bottom), L1)] if L1 < L2 else range(L1)
-        return [min(max(0, t), L1 - 1) for t in parts]  # more than two copies, which `obstacles` refuses, lack layers
+        return [*range(bottom), *range(L1 - (L2 - bottom), L1)] if L1 < L2 else list(range(L1))
     return [t * L1 // L2 for t in range(L2)]
 
 
