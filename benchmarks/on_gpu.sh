@@ -13,18 +13,18 @@ dry=
 
 # name, expected minutes, limit in seconds, what
 parts='install|0.6|75|build and install, versions, nvidia-smi
-tests|2.0|150|pytest tests -m gpu, then the tests of the kernels on the GPU
-sophia|1.3|110|ceilings, S1 to S11
-expansion|1.4|95|L1 to L7
-tune|0.7|45|grid of launch parameters of the update, 124M and 1.5B
-sanitizer|0.8|60|compute-sanitizer memcheck, racecheck, initcheck on small shapes'
+tests|1.5|150|pytest tests -m gpu, then the tests of the kernels on the GPU
+sanitizer|0.0|150|beside them: compute-sanitizer memcheck, racecheck, initcheck on small shapes
+sophia|1.3|130|ceilings, S1 to S11
+expansion|1.4|110|L1 to L7
+tune|0.7|60|grid of launch parameters of the update, 124M and 1.5B'
 
 if [ -n "$dry" ]; then
     printf '%-10s %8s %8s  %s\n' part minutes 'at most' what
     while IFS='|' read -r name minutes limit what; do
         printf '%-10s %8s %6s s  %s\n' "$name" "$minutes" "$limit" "$what"
     done <<<"$parts"
-    awk -F'|' '{ m += $2; s += $3 } END { printf "%-10s %8.1f %6d s\n", "all", m, s }' <<<"$parts"
+    awk -F'|' '{ m += $2; s += $2 ? $3 : 0 } END { printf "%-10s %8.1f %6d s\n", "all", m, s }' <<<"$parts"
     exit 0
 fi
 
@@ -40,13 +40,15 @@ install() {
 }
 
 # The files by name: others import what the test machine has and a bare GPU machine may lack, and one such file would
-# keep pytest from running any.
+# keep pytest from running any. Several workers, where pytest-xdist is: most of the time goes into compiling.
 tests() {
-    "$python" -m pytest $(grep -l "mark.gpu" tests/*/test_*.py) -q -m gpu
+    local workers=
+    "$python" -c 'import xdist' 2>/dev/null && workers="-n $(($(nproc) < 10 ? $(nproc) : 10))"
+    "$python" -m pytest $(grep -l "mark.gpu" tests/*/test_*.py) -q -m gpu --durations 5 $workers
     local gpu=$?
     # Those that take whatever device there is.
     "$python" -m pytest tests/ops/test_*_kernel.py tests/ops/test_{random,sophia8bit}.py tests/optim/test_on_kernels.py \
-        -q -m "not gpu"
+        -q -m "not gpu" --durations 5 $workers
     local kernels=$?
     return $((gpu || kernels))
 }
@@ -76,16 +78,20 @@ for name, workload in table.WORKLOADS.items():
 
 sanitizer() {
     command -v compute-sanitizer >/dev/null || { echo "compute-sanitizer is not installed: skipped"; return 0; }
-    local bad=0 tool log
-    for tool in memcheck racecheck initcheck; do
-        log=$(PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 40 compute-sanitizer --tool "$tool" --error-exitcode 9 \
-            "$python" -c "$small" 2>&1)
-        case $?:$log in
-            0:*) echo "$tool: no errors" ;;
-            9:*"SUMMARY: "*) echo "$tool: ERRORS"; tail -n 40 <<<"$log"; bad=1 ;;
-            124:*) echo "$tool: cut short after 40 s, so not finished" ;;
-            *) echo "$tool: this machine refuses it, skipped:"; tail -n 5 <<<"$log" ;;
+    local bad=0 tool tools='memcheck racecheck initcheck'
+    for tool in $tools; do
+        { PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 140 compute-sanitizer --tool "$tool" --error-exitcode 9 \
+            "$python" -c "$small" >"$folder/$tool.log" 2>&1; echo "exit code $?" >>"$folder/$tool.log"; } &
+    done
+    wait
+    for tool in $tools; do
+        case $(tail -n 1 "$folder/$tool.log"):$(<"$folder/$tool.log") in
+            "exit code 0:"*) echo "$tool: no errors, workloads checked: $(grep -c ' checked$' "$folder/$tool.log")" ;;
+            "exit code 9:"*"SUMMARY: "*) echo "$tool: ERRORS"; tail -n 60 "$folder/$tool.log"; bad=1 ;;
+            "exit code 124:"*) echo "$tool: cut short after 140 s, so not finished"; tail -n 5 "$folder/$tool.log" ;;
+            *) echo "$tool: this machine refuses it, skipped:"; tail -n 5 "$folder/$tool.log" ;;
         esac
+        rm "$folder/$tool.log"
     done
     return $bad
 }
@@ -121,9 +127,13 @@ if [ -z "$folder" ]; then
 fi
 mkdir -p "$folder"
 folder=$(cd "$folder" && pwd)
-failed=0
-while IFS='|' read -r name _ limit what; do
-    run "$name" "$limit" "$what" </dev/null || failed=1
+failed=0 beside=
+while IFS='|' read -r name minutes limit what; do
+    case $name in
+        tests) run "$name" "$limit" "$what" </dev/null & beside=$! ;;
+        sanitizer) run "$name" "$limit" "$what" </dev/null || failed=1; wait "$beside" || failed=1 ;;
+        *) run "$name" "$limit" "$what" </dev/null || failed=1 ;;
+    esac
 done <<<"$parts"
 # Two files of text are enough: the tables are in sophia.txt and expansion.txt, what passed in tests.txt.
 cat "$folder/install.txt" "$folder/tests.txt" >"$folder/tests.txt.part" && mv "$folder/tests.txt.part" "$folder/tests.txt"

@@ -9,6 +9,7 @@ A stopped run goes on from its last checkpoint, to the bit: batches and dropout 
 import math
 import os
 import shutil
+import time
 from pathlib import Path
 
 import torch
@@ -29,14 +30,16 @@ import growkit
 
 def pretrain(
     data: Path, model: Path, out: Path, tokenizer: str = "", adamw: bool = False, lr: float = 6e-4, rho: float = 0.05,
-    steps: int = 1000, batch: int = 16, context: int = 128, every: int = 10, save_every: int = 200, seed: int = 0,
+    beta1: float = 0.9, steps: int = 1000, batch: int = 16, context: int = 128, every: int = 10, save_every: int = 200,
+    seed: int = 0, bf16: bool = False,
 ):  # fmt: skip
     """Train MODEL, a config.json or a checkpoint's folder, on DATA but its last tenth, which validates.
 
-    A step takes `batch` windows of `context` tokens (without --tokenizer, bytes) on all processes together.
+    A step takes `batch` windows of `context` tokens (without --tokenizer, bytes) on all processes together. --bf16:
+    products in bfloat16, weights and the optimizer's state in float32.
     """
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else "cpu"
+    device = torch.device(*("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else ("cpu",))
     text = bytearray(data.read_bytes())
     tokens = torch.frombuffer(text, dtype=torch.uint8).long()
     if tokenizer:
@@ -51,30 +54,37 @@ def pretrain(
         for module in [m for m in net.modules() if type(m).__name__ in net._no_split_modules] + [net]:
             fully_shard(module)
     groups = growkit.param_groups(net, 0.1)
-    optimizer = torch.optim.AdamW(groups) if adamw else growkit.SophiaG(groups, rho=rho)
-    if not adamw:
+    if adamw:
+        optimizer = torch.optim.AdamW(groups, betas=(beta1, 0.95), fused=True)
+    else:
+        optimizer = growkit.SophiaG(groups, betas=(beta1, 0.99), rho=rho)
         optimizer.attach(net, every=every)
 
     def loss_of(tokens, starts):
         rows = torch.stack([tokens[i : i + context] for i in starts]).to(device)
-        return net(input_ids=rows, labels=rows).loss
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            return net(input_ids=rows, labels=rows).loss
 
     done = max((int(folder.name[5:]) for folder in out.glob("step-*[0-9]")), default=0)
     if done:
         state = get_state_dict(net, optimizer)
         dcp.load({"model": state[0], "optimizer": state[1]}, checkpoint_id=out / f"step-{done}", no_dist=world == 1)
         set_state_dict(net, optimizer, model_state_dict=state[0], optim_state_dict=state[1])
+    began = time.perf_counter()
     for step in range(done, steps):
         for group in optimizer.param_groups:  # up, constant, and a line down to 0
             group["lr"] = lr * min(1, (step + 1) / max(1, 0.05 * steps), (steps - step) / (0.4 * steps))
         draw = torch.Generator().manual_seed((seed << 32) + step)
         starts = torch.randint(len(train) - context + 1, (batch,), generator=draw)
         torch.manual_seed((seed << 32) + step * world + rank)  # of dropout
-        loss_of(train, starts.chunk(world)[rank]).backward()
+        training_loss = loss_of(train, starts.chunk(world)[rank])
+        training_loss.backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         if (step + 1) % save_every == 0 or step + 1 == steps:
+            training_loss.item()  # waits for the device
+            pace = (step + 1 - done) * batch * context / (time.perf_counter() - began)
             net.eval()
             with torch.no_grad():
                 parts = torch.arange(0, len(held_out) - context + 1, context).split(batch)
@@ -87,8 +97,9 @@ def pretrain(
                 part.rename(whole)  # a checkpoint that a reader sees is complete
                 shutil.rmtree(out / f"step-{done}", ignore_errors=True)
                 metrics = {} if adamw else optimizer.metrics()
-                print(f"step {step + 1:6}  validation {loss / math.log(2):.4f} bits a token  {metrics}", flush=True)
-            done = step + 1
+                told = f"step {step + 1:6}  validation {loss / math.log(2):.4f} bits a token  {pace:,.0f} tokens/s"
+                print(told, metrics, flush=True)
+            done, began = step + 1, time.perf_counter()
     state = get_model_state_dict(net, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if rank == 0:
         net.save_pretrained(out / "model", state_dict=state)  # from_pretrained and growkit grow read it
