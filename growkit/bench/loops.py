@@ -382,13 +382,14 @@ element. {tolerance:.0e} is what the tests allow; only the order in which sums a
 
 {table}
 
-Over several processes a refresh takes, beside the reduction of its gradients, two more. Before the backward the hosts
-exchange how many rows each has, for labels are drawn by row of the whole batch, and whether one has raised an error;
-where the model's process group takes no tensors of the host, as NCCL alone, a gloo group is made for it. After the
-backward one reduction on the device, for which no host waits, sums the number of labels, the gradient's squared norm,
-which says whether it is finite, and what `metrics()` and `rho="auto"` are formed from: 30 kB. A step takes none, but
-for the norm of `clip_grad_norm`. What a loss scores is read from the device at the first refresh only, unless a model
-returns several outputs that a loss may read. SophiaH's refresh holds the whole model on every process while it lasts.
+Over several processes a refresh takes two reductions beside those of its gradients, which go in buckets of 25 MB of one
+dtype, a larger one by itself, and with FSDP2 as it groups them. Before the backward the hosts exchange how many rows
+each has, for labels are drawn by row of the whole batch, and whether one has raised an error; where the model's process
+group takes no tensors of the host, as NCCL alone, a gloo group is made for it. After the backward one reduction on the
+device, for which no host waits, sums the number of labels, the gradient's squared norm, by which a refresh is skipped,
+and what `metrics()` and `rho="auto"` are formed from: 30 kB. A step takes none, but for the norm of `clip_grad_norm`.
+What a loss scores is read from the device at the first refresh only, unless a model returns several outputs that a loss
+may read. SophiaH's refresh holds the whole model on every process while it lasts.
 
 Not in the table:
 

@@ -158,10 +158,7 @@ def estimate(
             # No curvature is a part of the mean over batches, too: that of an expert which this one leaves idle.
             if p.grad is None and p.requires_grad and "hessian" in optimizer.state.get(p, ()):
                 p.grad = torch.zeros_like(p)
-        # A parameter's own hook, put aside here, may be what makes the gradient of a sparse embedding dense.
-        grads = [
-            g if g is None or g.layout == torch.strided else g.to_dense() for g in (p.grad for p in processes.params)
-        ]
+        grads = [p.grad for p in processes.params]
     return {"processes": processes, "grads": grads, "count": count, "reached": reached}
 
 

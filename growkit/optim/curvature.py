@@ -50,6 +50,11 @@ def gradients(loss: torch.Tensor, params: list[torch.Tensor]) -> None:
             p.grad = g if p.grad is None else p.grad + g
 
 
+def _dense(g):
+    """A hook of the parameter, put aside here, may be what makes the gradient of a sparse embedding dense."""
+    return g if g.layout == torch.strided else g.to_dense()
+
+
 def _reentrant(loss):
     """Whether the graph holds a checkpoint of `use_reentrant=True`."""
     if loss.grad_fn is None:
@@ -92,6 +97,8 @@ def gnb(
         gradients(total * processes.weight, params)
         count = count + n
     reached = {p for p in params if p.grad is not None}
+    for p in reached:
+        p.grad = _dense(p.grad)
     processes.sum_()
     return count, reached
 
@@ -262,13 +269,13 @@ def hutchinson(
                     raise ValueError(f"Hutchinson refresh: the loss has no second derivative in parameters {indices}")
                 second = torch.autograd.grad([first[k] for k in used], [params[k] for k in used], [u[k] for k in used])
             processes.rows(0, len(calls) - i)
-            for k, hu in zip(used, second, strict=True):
+            for k, hu in zip(used, map(_dense, second), strict=True):
                 total[k] = hu if total[k] is None else total[k] + hu
         reached = {processes.params[i] for i, hu in zip(indices, total, strict=True) if hu is not None}
+        del value, first, second, hu  # the graph, and what is in `total`
         if processes.size > 1:  # what one process leaves idle another may use
-            total = processes.sums(
-                [torch.zeros_like(p) if hu is None else hu for p, hu in zip(params, total, strict=True)]
-            )
+            total = [torch.zeros_like(p) if hu is None else hu for p, hu in zip(params, total, strict=True)]
+            processes.sums_(total)
         for i, hu in zip(indices, total, strict=True):
             if hu is not None:
                 processes.params[i].grad = distributed.shard_of(hu, processes.params[i])

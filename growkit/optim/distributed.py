@@ -11,6 +11,7 @@ import functools
 import gc
 import math
 import sys
+from collections import Counter
 
 import torch
 import torch.distributed as dist
@@ -219,6 +220,8 @@ def _device_for(device, group):
 
 # --- a refresh ---
 
+BUCKET = 25 * 2**20  # bytes of gradients that one reduction sums, as in DDP
+
 
 class Processes:
     """The processes that take part in one refresh, each with batches of its own.
@@ -304,20 +307,31 @@ class Processes:
         if self.size == 1:
             return
         plain = [p for p in self._reached if not is_sharded(p)]
-        for p in set(self.params).difference(self._reached):
-            p.grad = None
-        grads = self.sums([torch.zeros_like(p) if p.grad is None else p.grad for p in plain])
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in plain]
+        for p in set(self.params).difference(filter(is_sharded, self._reached)):
+            p.grad = None  # `grads` alone holds it
+        self.sums_(grads)
         for p, grad in zip(plain, grads, strict=True):
             p.grad = grad if self.weight == 1 else grad / self.weight
 
-    def sums(self, tensors):
-        """Sums of plain tensors over the processes; a contiguous tensor is overwritten by its own."""
+    def sums_(self, tensors):
+        """Put in place of each plain tensor of a list its sum over the processes, by one reduction for each bucket.
+
+        What leaves the list is freed bucket by bucket; a contiguous tensor that fills a bucket is overwritten.
+        """
         if self.size == 1:
-            return tensors
-        tensors = [t.contiguous() for t in tensors]
-        for work in [dist.all_reduce(t, group=self._group, async_op=True) for t in tensors]:
-            work.wait()
-        return tensors
+            return
+        # Autograd gives both terms of a sum the same gradient, and slices of one to what was put together.
+        users = Counter(t.untyped_storage().data_ptr() for t in tensors)
+        for bucket in _reduced_together(tensors):
+            parts = [tensors[i] for i in bucket]
+            if len(parts) == 1 and parts[0].is_contiguous() and users[parts[0].untyped_storage().data_ptr()] == 1:
+                dist.all_reduce(parts[0], group=self._group)
+                continue
+            flat = torch.cat([t.flatten() for t in parts])
+            dist.all_reduce(flat, group=self._group)
+            for i, total in zip(bucket, flat.split([t.numel() for t in parts]), strict=True):
+                tensors[i] = total.view(tensors[i].shape)
 
     def share(self, p):
         """What a sum over p's elements on this process counts for in the sum over all processes."""
@@ -379,6 +393,22 @@ class Processes:
             finally:
                 for module in modules:
                     module.reshard()
+
+
+def _reduced_together(tensors):
+    """Lists of indices of tensors of one dtype on one device: of BUCKET bytes at most, or one tensor."""
+    full, filling = [], {}
+    for i, t in enumerate(tensors):
+        kind = t.dtype, t.device
+        bucket, size = filling.get(kind, ([], 0))
+        if t.nbytes > BUCKET:
+            full.append([i])
+        elif size + t.nbytes > BUCKET:
+            full.append(bucket)
+            filling[kind] = [i], t.nbytes
+        else:
+            filling[kind] = [*bucket, i], size + t.nbytes
+    return full + [bucket for bucket, _ in filling.values()]
 
 
 @contextlib.contextmanager

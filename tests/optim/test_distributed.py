@@ -210,7 +210,7 @@ class AllReduces(TorchDispatchMode):
 
 
 def collectives(rank, world, wrapped):
-    """({what: all-reduces that it takes}, number of parameters)."""
+    """{what: all-reduces that it takes}"""
     counts = {}
     model = WRAPPED[wrapped]()
     optimizer = SophiaG(model.parameters(), rho="auto")
@@ -226,7 +226,53 @@ def collectives(rank, world, wrapped):
         with AllReduces() as taken:
             call()
         counts[name] = taken.count
-    return counts, len(list(model.parameters()))
+    return counts
+
+
+def summed(rank, world):
+    """(all-reduces, whether each tensor became its sum, or was overwritten by it) of buckets of 80 bytes."""
+    make = torch.Generator().manual_seed(0)
+    whole = torch.randn(6, 4, generator=make)
+    tensors = [
+        torch.randn(5, generator=make),  # 20 bytes
+        torch.randn(3, generator=make, dtype=torch.float64),  # of another dtype: a bucket beside
+        torch.randn(2, 3, 2, generator=make).transpose(0, 2),  # 48 bytes: fits
+        torch.randn(30, generator=make),  # larger than a bucket: alone
+        torch.randn((), generator=make).expand(4),  # no memory of its own for each element
+        whole,
+        whole[2:],  # as autograd gives to what was put together
+        whole,  # as autograd gives to both terms of a sum
+        torch.randn(0),
+        torch.randn(2, generator=make, dtype=torch.complex64),
+    ]
+    expected = [t * world for t in tensors]
+    processes = distributed.Processes(SophiaG([nn.Parameter(torch.ones(1))]), None, nn.Module())
+    found = list(tensors)
+    with mock.patch.object(distributed, "BUCKET", 80), AllReduces() as taken:
+        processes.sums_(found)
+    same = all(torch.equal(t, e) and t.shape == e.shape for t, e in zip(found, expected, strict=True))
+    return taken.count, same, [i for i, t in enumerate(found) if t is tensors[i]]
+
+
+class Odd(nn.Module):
+    """A sparse gradient, and two parameters that autograd gives one and the same."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = nn.Embedding(7, 5, sparse=True)
+        self.a, self.b = nn.Parameter(torch.randn(5, 3)), nn.Parameter(torch.randn(5, 3))
+
+    def forward(self, tokens):
+        return self.embedding(tokens) @ (self.a + self.b)
+
+
+def odd_gradients(rank, world, cls):
+    """h of a refresh on this process's rows of 6."""
+    model = Odd().double()
+    told = {"loss": lambda z: z.pow(3).sum() * world} if cls is SophiaH else {"likelihood": "categorical"}
+    tokens = torch.arange(6)[slice(0, 6) if world == 1 else slice(2, 6) if rank else slice(0, 2)]
+    return refreshed(model, cls(model.parameters()), tokens, **told)
 
 
 def only_devices(rank, world):
@@ -415,7 +461,8 @@ JOBS = {
         *(("driven", cls, *kind) for cls in (SophiaG, SophiaH) for kind in KINDS.values()),
         *(("in_columns", dtype) for dtype in (torch.float32, torch.bfloat16)),
         ("refused",), ("replicas_differ",), ("one_process_fails",), ("unequal_batches",), ("warned",),
-        ("collectives", "FSDP2"), ("collectives", "DDP"), ("only_devices",), ("overflowing",),
+        ("collectives", "FSDP2"), ("collectives", "DDP"), ("summed",), ("only_devices",),
+        ("odd_gradients", SophiaG), ("odd_gradients", SophiaH), ("overflowing",),
         ("told", "FSDP2"), ("told", "DDP"), ("independent", SophiaG), ("independent", SophiaH),
         ("wrong_groups",),
         ("rows_cut_blocks",), ("zero_rounds",),
@@ -542,10 +589,24 @@ def test_a_refresh_on_several_batches_is_that_of_one_process(world, cls, result)
 
 
 def test_a_step_waits_for_nobody_and_a_refresh_takes_two_reductions_beside_its_gradients(result):
-    for counts, _ in result(2, "collectives", "FSDP2"):
+    for counts in result(2, "collectives", "FSDP2"):
         assert counts == {"step": 0, "step that clips": 1, "refresh": 2}
-    for counts, parameters in result(2, "collectives", "DDP"):
-        assert counts == {"step": 0, "step that clips": 0, "refresh": parameters + 2}
+    for counts in result(2, "collectives", "DDP"):
+        assert counts == {"step": 0, "step that clips": 0, "refresh": 1 + 2}
+
+
+def test_gradients_are_summed_in_buckets_of_a_dtype(result):
+    # [0, 2], [1], [3], [4, 6, 8], [5], [7], [9]; others read the memory of 5 and 7
+    for count, same, overwritten in result(2, "summed"):
+        assert same and count == 7 and overwritten == [1, 3, 9]
+
+
+@pytest.mark.parametrize("cls", [SophiaG, SophiaH])
+def test_sparse_gradients_and_one_that_two_parameters_have_are_summed(cls, result):
+    expected = odd_gradients(0, 1, cls)
+    for h in result(2, "odd_gradients", cls):
+        for value, e in zip(h, expected, strict=True):
+            torch.testing.assert_close(value, e, rtol=1e-10, atol=0)
 
 
 def test_rows_are_exchanged_by_the_hosts(result):
