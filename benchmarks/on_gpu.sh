@@ -43,7 +43,7 @@ install() {
 # keep pytest from running any. Several workers, where pytest-xdist is: most of the time goes into compiling.
 tests() {
     local workers=
-    "$python" -c 'import xdist' 2>/dev/null && workers="-n $(($(nproc) < 10 ? $(nproc) : 10))"
+    "$python" -c 'import xdist' 2>/dev/null && workers="-n $(($(nproc) < 10 ? $(nproc) : 10)) --dist loadgroup"
     "$python" -m pytest $(grep -l "mark.gpu" tests/*/test_*.py) -q -m gpu --durations 5 $workers
     local gpu=$?
     # Those that take whatever device there is.
@@ -67,10 +67,11 @@ expansion() { bench expansion.json L1 L3.gpt2-medium L2.gpt2-medium L5 L6 L3 L4.
 
 tune() { "$python" benchmarks/tune.py "$folder/tune.jsonl"; }
 
-# Small shapes through every kernel, each call checked in float64.
+# Small shapes through every kernel, each call checked in float64: every other workload, from the first or the second.
 small='
+import sys
 from growkit.bench import table
-for name, workload in table.WORKLOADS.items():
+for name, workload in list(table.WORKLOADS.items())[int(sys.argv[1]) :: 2]:
     if workload.needs == "cuda" and not name.startswith("memory"):
         workload.build(device="cuda", tiny=True).check()
         print(name, "checked", flush=True)
@@ -78,20 +79,34 @@ for name, workload in table.WORKLOADS.items():
 
 sanitizer() {
     command -v compute-sanitizer >/dev/null || { echo "compute-sanitizer is not installed: skipped"; return 0; }
-    local bad=0 tool tools='memcheck racecheck initcheck'
-    for tool in $tools; do
-        { PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 140 compute-sanitizer --tool "$tool" --error-exitcode 9 \
-            "$python" -c "$small" >"$folder/$tool.log" 2>&1; echo "exit code $?" >>"$folder/$tool.log"; } &
+    local bad=0 tool half log
+    for tool in memcheck racecheck initcheck; do
+        for half in 0 1; do
+            {
+                log=$folder/$tool-$half.log
+                PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 140 compute-sanitizer --tool "$tool" --error-exitcode 9 \
+                    "$python" -c "$small" "$half" >"$log" 2>&1
+                echo "exit code $?" >>"$log"
+            } &
+        done
     done
     wait
-    for tool in $tools; do
-        case $(tail -n 1 "$folder/$tool.log"):$(<"$folder/$tool.log") in
-            "exit code 0:"*) echo "$tool: no errors, workloads checked: $(grep -c ' checked$' "$folder/$tool.log")" ;;
-            "exit code 9:"*"SUMMARY: "*) echo "$tool: ERRORS"; tail -n 60 "$folder/$tool.log"; bad=1 ;;
-            "exit code 124:"*) echo "$tool: cut short after 140 s, so not finished"; tail -n 5 "$folder/$tool.log" ;;
-            *) echo "$tool: this machine refuses it, skipped:"; tail -n 5 "$folder/$tool.log" ;;
+    for log in "$folder"/*check-?.log; do
+        tool=$(basename "$log" .log)
+        case $(tail -n 1 "$log"):$(<"$log") in
+            "exit code 0:"*) echo "$tool: no errors, workloads checked: $(grep -c ' checked$' "$log")" ;;
+            "exit code 9:"*"SUMMARY: "*)
+                echo "$tool: ERRORS, by how often"
+                # Which error, and the first line of Python above it.
+                grep -oE "(Uninit|Invalid|Race|Potential|Warn|Error)[^.]* (access|read|write|hazard)[a-z ]*|(in|at) [a-z_0-9]+\.py:[0-9]+" \
+                    "$log" | sed 's/0x[0-9a-f]*//g' | sort | uniq -c | sort -rn | head -n 20
+                tail -n 40 "$log"
+                bad=1
+                ;;
+            "exit code 124:"*) echo "$tool: cut short after 140 s, so not finished"; tail -n 5 "$log" ;;
+            *) echo "$tool: this machine refuses it, skipped:"; tail -n 5 "$log" ;;
         esac
-        rm "$folder/$tool.log"
+        rm "$log"
     done
     return $bad
 }

@@ -120,7 +120,7 @@ MODELS = {
     "ragged": (lambda: [(n,) for n in PRIMES] * 16, lambda: [(n,) for n in PRIMES[:5]] * 2),
     "gpt2-xl-coded": (
         lambda: gpt2_shapes(48, 1600),
-        lambda: [(70, 64), (16, 300), (40,)],
+        lambda: [(70, 64), (16, 512), (40,)],
     ),  # codes from 4,096 elements on
     "gpt2-41m": (gpt2_shapes, lambda: gpt2_shapes(2, 16, 41, 8)),
 }
@@ -421,7 +421,7 @@ def refresh_gnb(model, device, tiny=False):
 def refresh_hutchinson(model, device, tiny=False):
     """Hutchinson's refresh with the probe regenerated, against one that reads it; and the probe's own making."""
     lists = Lists(model, device, tiny)
-    u = [torch.empty_like(t) for t in lists.h]
+    u = [torch.zeros_like(t) for t in lists.h]
     key = {"seed": 1, "refresh": 0, "parameter": list(range(len(u)))}
 
     def run():

@@ -5,6 +5,7 @@ import torch
 from growkit import reference
 from growkit.bench.measure import Case, paired
 from growkit.bench.sophia import SCALARS, Lists, copy_pair, with_state, within
+from growkit.optim.state import held
 
 
 def update(model, device, tiny=False):
@@ -13,7 +14,7 @@ def update(model, device, tiny=False):
     narrow, wide = (with_state(lists.parameters(), state_dtype=kind) for kind in ("8bit", torch.float32))
 
     def states(key):
-        states = [narrow.state[p] for p in narrow.param_groups[0]["params"]]
+        states = [held(narrow.state[p]) for p in narrow.param_groups[0]["params"]]
         return [reference.dequantise(s[key], s[scale]) if (scale := f"{key}_scale") in s else s[key] for s in states]
 
     def check():

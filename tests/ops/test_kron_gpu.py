@@ -8,6 +8,7 @@ from growkit.bench import pairs
 from growkit.kron import expand, plan
 
 pytestmark = pytest.mark.gpu
+GIGABYTES = pytest.mark.xdist_group("gigabytes of the GPU, expansion")  # one worker, so that all of them fit
 
 
 @pytest.fixture(autouse=True)
@@ -216,6 +217,7 @@ def test_small_expansion_and_its_gradients(B_kind, A_kind, dtype, monkeypatch):
 LIMITS = {"highest": 1e-6, "high": 2e-3, "medium": 2e-2}
 
 
+@GIGABYTES
 @pytest.mark.parametrize("precision", LIMITS)
 @pytest.mark.parametrize("kind", ["dense", "identity_top"])
 @pytest.mark.parametrize("name", pairs.PAIRS)
@@ -240,6 +242,7 @@ def test_pairs_against_float64(name, kind, precision):
         del exact, expected, fast, got, G
 
 
+@GIGABYTES
 @pytest.mark.parametrize("precision", ["highest", "high"])
 @pytest.mark.parametrize("kind", ["dense", "identity_top"])
 @pytest.mark.parametrize("name", pairs.PAIRS)

@@ -16,6 +16,7 @@ tl = pytest.importorskip("triton.language")
 kernels = pytest.importorskip("growkit.kernels.sampled_nll")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+GIGABYTES = pytest.mark.xdist_group("gigabytes of the GPU, sampled_nll")  # one worker, so that all of them fit
 KEY = {"seed": 3, "refresh": 5}
 TILE = kernels.TILE.value
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -275,6 +276,7 @@ def test_bad_arguments():
 # --- what needs a GPU ---
 
 
+@GIGABYTES
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("rows", "V"), [(2048, 50257), (512, 262144), (64, 262147), (4097, 32000)])
@@ -296,6 +298,7 @@ def test_large(rows, V, dtype):
     assert all(torch.equal(a, b) for a, b in zip(again, (nll, labels, lse), strict=True))
 
 
+@GIGABYTES
 @pytest.mark.gpu
 def test_more_than_2_to_the_31_elements():
     rows, V = 45000, 50257
@@ -311,6 +314,7 @@ def test_more_than_2_to_the_31_elements():
     torch.testing.assert_close(z[last].float(), expected, rtol=0.005, atol=1e-6)
 
 
+@GIGABYTES
 @pytest.mark.gpu
 @pytest.mark.parametrize(("rows", "per_row"), [(4096, 32), (64, 1200)])
 def test_memory_is_a_few_bytes_per_row(rows, per_row):
