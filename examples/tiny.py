@@ -29,5 +29,6 @@ def batches(steps):
 
 def loss_of(model, count=64):
     """Mean loss of the first `count` windows, as a number."""
+    rows = batches(count // BATCH)
     with torch.no_grad():
-        return float(sum(model(**batch).loss for batch in batches(count // BATCH)) / (count // BATCH))
+        return float(sum(model(**{k: t.to(model.device) for k, t in each.items()}).loss for each in rows) / len(rows))

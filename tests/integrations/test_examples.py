@@ -258,3 +258,13 @@ def test_litgpts_sophia_needs_the_parameters_of_a_model():
         litgpt.SophiaG(list(torch.nn.Linear(2, 2).parameters()))
     model = torch.nn.Linear(2, 2)
     assert litgpt.SophiaG(model.parameters(), every=3).param_groups[0]["every"] == 3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{}, {"bf16": True}, {"fp16": True}], ids=str)
+def test_trainer_on_a_gpu(options):
+    torch.set_default_dtype(torch.float32)
+    trainer = example("trainer").main(use_cpu=False, **options)
+    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    assert next(trainer.model.parameters()).is_cuda and losses[-1] < losses[0] - 0.3
+    assert trainer.optimizer.optimizer.stats()["refreshes"] == 6
