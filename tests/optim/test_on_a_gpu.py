@@ -13,64 +13,62 @@ pytestmark = pytest.mark.gpu
 CASES = [("ddp", 2), ("fsdp2", 1)]  # NCCL takes no two processes on one GPU, and gloo no scattered sums on any
 
 
-@functools.cache
-def results(device="cuda"):
+@pytest.fixture(scope="module")
+def results():
     """{(loop, class): what each process found}, the processes started once for each number of them."""
     found = {}
     for world in {world for _, world in CASES}:
         keys = [(name, cls) for name, n in CASES if n == world for cls in (SophiaG, SophiaH)]
-        jobs = [(__file__, "run", name, cls, device) for name, cls in keys]
+        jobs = [(__file__, "run", name, cls) for name, cls in keys]
         found |= zip(keys, loops.spawn(jobs, world), strict=True)
     return found
 
 
-def run(rank, world, name, cls, device):
-    model = loops.new_model().float().to(device)
+def run(rank, world, name, cls):
+    model = loops.new_model().float().cuda()
     if name == "ddp":
         model = torch.nn.parallel.DistributedDataParallel(model)
     elif name == "fsdp2":
         from torch.distributed.device_mesh import DeviceMesh
         from torch.distributed.fsdp import fully_shard
 
-        group = dist.new_group(backend="nccl" if device == "cuda" else "gloo")
-        mesh = DeviceMesh.from_group(group, device)
+        mesh = DeviceMesh.from_group(dist.new_group(backend="nccl"), "cuda")
         for module in (*model.blocks, model):
             fully_shard(module, mesh=mesh)
     optimizer = cls(model.parameters(), **loops.SETTINGS[cls])
     optimizer.attach(model, every=loops.EVERY)
     for step in range(loops.STEPS):
         for batch in loops.batches(step, rank, world):
-            model(**{k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}).loss.backward()
+            model(**{k: v.cuda() if torch.is_tensor(v) else v for k, v in batch.items()}).loss.backward()
         optimizer.step()
         model.zero_grad()
     return {key: t.cpu() for key, t in loops.result(model, optimizer).items()}
 
 
 @functools.cache
-def plain(cls, device="cuda"):
-    return run(0, 1, "plain", cls, device)
+def plain(cls):
+    return run(0, 1, "plain", cls)
 
 
 @pytest.mark.parametrize("cls", [SophiaG, SophiaH])
 @pytest.mark.parametrize(("name", "world"), CASES)
-def test_loops_of_several_processes_are_the_plain_one(name, world, cls):
-    for found in results()[name, cls]:
+def test_loops_of_several_processes_are_the_plain_one(name, world, cls, results):
+    for found in results[name, cls]:
         assert loops.difference(found, plain(cls)) < 1e-4
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_mixed_precision_learns(dtype):
-    device = "cuda"
     torch.manual_seed(0)
     parts = torch.nn.Embedding(32, 64), torch.nn.Linear(64, 64), torch.nn.GELU(), torch.nn.Linear(64, 32)
     model = torch.nn.Sequential(*parts)
-    model, scaler = model.to(device), torch.amp.GradScaler(device, enabled=dtype == torch.float16)
+    model, scaler = model.cuda(), torch.amp.GradScaler(enabled=dtype == torch.float16)
     optimizer = SophiaG(model.parameters(), 1e-2, betas=(0.9, 0.99), rho=0.05)
     optimizer.attach(model, every=5)
     losses = []
     for _ in range(40):
-        x = torch.randint(32, (256,), device=device)
-        with torch.autocast(device, dtype):
+        x = torch.randint(32, (256,), device="cuda")
+        with torch.autocast("cuda", dtype):
             loss = torch.nn.functional.cross_entropy(model(x), (3 * x + 1) % 32)
         scaler.scale(loss).backward()
         scaler.step(optimizer)
