@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from typing import Any, get_args
 
 import torch
@@ -37,7 +38,9 @@ class Attachment:
             raise ValueError(f"attach: phase={phase!r}, expected 'paper' or 'official'")
         distributed.check(model)
         self.process_group = distributed.group_of(model, process_group)
-        self._check_parameters(optimizer, model)
+        inside, outside = self._check_parameters(optimizer, model)
+        self._inside = list(map(weakref.ref, inside))  # or what fully_shard has replaced would stay in memory
+        self._outside = len(outside)
         for group in optimizer.param_groups:
             group.update(every=every, phase=phase)
         self.optimizer, self.model, self.options = optimizer, model, options
@@ -52,28 +55,34 @@ class Attachment:
         ]
 
     def _check_parameters(self, optimizer, model):
-        own = {p: name for p, name in optimizer._named_parameters() if p.requires_grad}
-        outside = own.keys() - set(model.parameters())
-        if own and len(outside) == len(own):
+        """(parameters of the optimizer that the model has, those that it lacks)"""
+        own = dict(optimizer._named_parameters())
+        inside = own.keys() & set(model.parameters())
+        if own and not inside:
             raise ValueError(
-                f"attach: model has none of the optimizer's {len(own)} parameters (a copy, loaded anew, or DeepSpeed's "
-                "ZeRO, which makes them flat?), expected the model that is trained"
+                f"attach: model has none of the optimizer's {len(own)} parameters ({_REPLACED}, a copy, or loaded "
+                "anew?), expected the model that is trained"
             )
+        outside = own.keys() - inside
         if outside:
             warn(
                 f"{type(optimizer).__name__} has parameters that the attached model lacks, which no refresh will "
                 f"reach: {_listed(name for p, name in own.items() if p in outside)}"
             )
+        return inside, outside
 
     def check_owned(self) -> None:
         """Wrappers made after attach() may have put other tensors into the optimizer, or into the model."""
-        own = {p for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad}
-        # FSDP2's modules hold other tensors while they are unsharded.
-        if own and not any(map(distributed.is_sharded, own)) and own.isdisjoint(self.model.parameters()):
+        own = {p for group in self.optimizer.param_groups for p in group["params"]}
+        if any(map(distributed.is_sharded, own)):  # FSDP2's modules hold other tensors while they are unsharded
+            return
+        shared = own.intersection(self.model.parameters())
+        lost = sum(p() not in shared for p in self._inside)
+        if lost and len(own) - len(shared) > self._outside:
             raise RuntimeError(
-                f"curvature refresh: the attached model has none of the optimizer's {len(own)} parameters any more: "
-                "something has replaced them after attach(), as DeepSpeed's ZeRO does by flat copies, which is not "
-                "supported; expected fully_shard, DDP or a plain module, and attach() after it"
+                f"curvature refresh: {lost} of the {len(self._inside)} parameters that the optimizer shared with "
+                f"the attached model have been replaced after attach() ({_REPLACED}?), which is not supported; "
+                "expected fully_shard, DDP or a plain module, and attach() after it"
             )
 
     def check_units(self) -> None:
@@ -139,6 +148,9 @@ class Attachment:
             hook.remove()
 
 
+_REPLACED = "by flat or float32 copies, as in DeepSpeed's ZeRO and Megatron's optimizers"
+
+
 def _listed(names):
     names = list(names)
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
@@ -148,6 +160,7 @@ def estimate(
     optimizer: Any, model: torch.nn.Module, calls: list[Call], process_group: Any, options: dict, known: dict
 ) -> dict:
     """The curvature on `calls`, not yet in `h`: what `_take` folds. Nothing has changed, also where this raises."""
+    distributed.check(model)
     processes = distributed.Processes(optimizer, optimizer._owner(), model, process_group)
     if not optimizer._compared:
         processes.check_replicas()

@@ -76,25 +76,41 @@ def in_backward():
 
 def check(model):
     """Raise RuntimeError, which names it, for a way of spreading the model over processes that a refresh cannot see."""
-    if any(hasattr(p, "ds_id") for p in model.parameters()):
-        raise RuntimeError(
-            "attach: the model's parameters are empty between calls, as DeepSpeed's ZeRO stage 3 makes them, which is "
-            "not supported; expected FSDP2 (torch.distributed.fsdp.fully_shard), DDP or a plain module"
-        )
+    expected = "expected FSDP2 (torch.distributed.fsdp.fully_shard), DDP or a plain module"
+    for name, p in model.named_parameters():
+        if hasattr(p, "ds_id"):
+            raise RuntimeError(
+                f"curvature refresh: parameter {name} is empty between calls, as DeepSpeed's ZeRO stage 3 makes it, "
+                f"which is not supported; {expected}"
+            )
+        if getattr(p, "main_grad", None) is not None:
+            raise RuntimeError(
+                f"curvature refresh: parameter {name} has its gradient in main_grad, where Megatron's "
+                "DistributedDataParallel and fused layers add to that of training behind autograd's back, which is not "
+                f"supported; {expected}"
+            )
     if world_size() == 1:
         return
     if _instances(model.modules(), "torch.distributed.fsdp", "FullyShardedDataParallel"):
         raise RuntimeError(
-            "attach: the model is wrapped in FSDP1 (FullyShardedDataParallel), which flattens parameters and leaves "
-            "no gradient of each; expected FSDP2 (torch.distributed.fsdp.fully_shard), DDP or a plain module"
+            "curvature refresh: the model is wrapped in FSDP1 (FullyShardedDataParallel), which flattens parameters "
+            f"and leaves no gradient of each; {expected}"
         )
+    for name, module in model.named_modules():
+        group = vars(module).get("tp_group")  # of Megatron's and Transformer Engine's layers
+        if isinstance(group, dist.ProcessGroup) and group.size() > 1:
+            raise RuntimeError(
+                f"curvature refresh: {name or 'the model'}, a {type(module).__name__}, is spread over its tp_group of "
+                f"{group.size()} processes: labels would be drawn from parts of the logits, and tensor parallel models "
+                f"are not supported; {expected}"
+            )
     meshes = {p.sharded_param: group.mesh_info.mesh for group in _fsdp_groups(model) for p in group.fsdp_params}
     for name, p in model.named_parameters():
         if is_sharded(p) and meshes.get(p) != p.device_mesh:
             raise RuntimeError(
-                f"attach: parameter {name} is a DTensor {p.placements} on {p.device_mesh}, which fully_shard within "
-                "this model did not make: tensor and expert parallel models (parallelize_module) are not supported; "
-                "attach to the module that was given to fully_shard"
+                f"curvature refresh: parameter {name} is a DTensor {p.placements} on {p.device_mesh}, which "
+                "fully_shard within this model did not make: tensor and expert parallel models (parallelize_module) "
+                "are not supported; attach to the module that was given to fully_shard"
             )
 
 

@@ -419,18 +419,50 @@ def test_only_the_first_refresh_waits_to_learn_what_the_loss_scores(kind):
     assert found[0] and not found[1] and not found[2], found
 
 
-def test_parameters_that_a_wrapper_has_replaced_by_flat_copies_are_refused():
+def flat(ps):
+    return [nn.Parameter(torch.cat([p.detach().flatten() for p in ps]))]
+
+
+def one_in_float32(ps):
+    """As Megatron's optimizers do with those in 16 bits: a copy that requires no gradient."""
+    return [ps[0].detach().clone(), *ps[1:]]
+
+
+@pytest.mark.parametrize("replaced, lost", [(flat, 4), (one_in_float32, 1)])
+def test_parameters_that_a_wrapper_has_replaced_by_copies_are_refused(replaced, lost):
     model = mlp()
     optimizer = SophiaG(model.parameters())
     optimizer.attach(model)
-    flat = nn.Parameter(torch.cat([p.detach().flatten() for p in model.parameters()]))
-    optimizer.param_groups[0]["params"] = [flat]
+    optimizer.param_groups[0]["params"] = copies = replaced(list(model.parameters()))
     forward_backward(model, 0)
-    flat.grad = torch.cat([p.grad.flatten() for p in model.parameters()])
-    before = flat.detach().clone()
-    with pytest.raises(RuntimeError, match="none of the optimizer's 1 parameters any more: .* DeepSpeed's ZeRO"):
+    copies[0].grad = torch.ones_like(copies[0])
+    before = copies[0].clone()
+    with pytest.raises(
+        RuntimeError, match=f"{lost} of the 4 parameters .* replaced after attach.* DeepSpeed's ZeRO and"
+    ):
         optimizer.step()
-    assert torch.equal(flat, before) and not optimizer.state
+    assert torch.equal(copies[0], before) and not optimizer.state
+
+
+def test_an_optimizer_of_none_of_the_models_parameters_is_refused_whether_they_require_gradients_or_not():
+    model = mlp()
+    for ps in (flat(model.parameters()), [p.detach() for p in model.parameters()]):
+        with pytest.raises(ValueError, match=rf"none of the optimizer's {len(ps)} parameters .*Megatron's"):
+            SophiaG(ps).attach(model)
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_gradients_in_main_grad_are_refused(late):
+    """As Megatron's DDP and layers with fused accumulation have them."""
+    model = mlp()
+    optimizer = SophiaG(model.parameters())
+    if late:
+        optimizer.attach(model)
+    model[0].weight.main_grad = torch.zeros_like(model[0].weight)
+    forward_backward(model, 0)
+    with pytest.raises(RuntimeError, match="parameter 0.weight has its gradient in main_grad"):
+        optimizer.step() if late else optimizer.attach(model)
+    assert not optimizer.state
 
 
 def test_parameters_of_zero_stage_3_are_refused():

@@ -94,7 +94,7 @@ def messages(*attempts):
 
 
 def refused(rank, world):
-    """Ways of spreading a model that attach() does not know."""
+    """Ways of spreading a model that are not known here."""
     from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
     from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
@@ -113,7 +113,13 @@ def refused(rank, world):
         fully_shard(model)
         SophiaG(model.parameters()).attach(model.blocks)
 
-    return messages(tensor_parallel, flattened, part_of_sharded)
+    def megatron():
+        model = loops.new_model()
+        model.head.tp_group = dist.group.WORLD
+        alone = dist.new_group([rank], use_local_synchronization=True)
+        SophiaG(model.parameters()).refresh(model, loops.batches(0, rank, world), process_group=alone)
+
+    return messages(tensor_parallel, flattened, part_of_sharded, megatron)
 
 
 def refreshed(model, optimizer, batch, **options):
@@ -548,12 +554,13 @@ def test_shards_that_are_no_run_are_right_or_refused_before_anything_moves(resul
         assert unchanged and states == 0
 
 
-def test_what_cannot_be_seen_is_refused_at_attach(result):
-    for tensor_parallel, flattened, part in result(2, "refused"):
+def test_what_cannot_be_seen_is_refused_by_name(result):
+    for tensor_parallel, flattened, part, megatron in result(2, "refused"):
         assert "parameter head.weight is a DTensor (Shard(dim=0),)" in tensor_parallel
         assert "parallelize_module" in tensor_parallel
         assert "FSDP1 (FullyShardedDataParallel)" in flattened and "fully_shard" in flattened
         assert "attach to the module that was given to fully_shard" in part
+        assert "head, a Linear, is spread over its tp_group of 2 processes" in megatron
 
 
 def test_models_that_are_no_copies_of_one_are_refused(result):
