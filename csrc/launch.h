@@ -233,12 +233,19 @@ inline MixBackwardPlan mix_backward_plan(int64_t layers_in, int64_t layers_out, 
   return plan;
 }
 
-// --- gather: y[l, r, c] = x[layers[l], rows[r], columns[c]], one unit of memory per item
+// --- gather: y[l, r, c] = x[layers[l], rows[r], columns[c]], one unit of memory at a time
 
-constexpr int kGatherItems = 4;  // per thread, kThreads apart
+constexpr int kWarp = 32;
+constexpr int kGatherColumns = 4;  // of a thread, which finds their places in x once, for
+constexpr int kGatherRows = 16;    // this many rows of a layer,
+constexpr int kGatherFlight = 4;   // so many at a time
 
+// A warp takes a tile of kGatherColumns * lanes neighbouring columns and kGatherRows * (32 / lanes) rows.
 struct GatherPlan {
-  int64_t unit;  // bytes moved at a time
+  int64_t unit;    // bytes moved at a time
+  int64_t lanes;   // of a warp, along the columns: a power of two, 32 except where there are few columns
+  int64_t across;  // tiles to a row
+  int64_t down;    // tiles to a layer's column
   int64_t blocks;
 };
 
@@ -247,23 +254,30 @@ struct GatherPlan {
 inline GatherPlan gather_plan(int64_t layers, int64_t rows, int64_t columns, int64_t element, bool whole) {
   GatherPlan plan;
   plan.unit = whole && columns * element % 16 == 0 ? 16 : element;
-  plan.blocks = ceil_div(layers * rows * (columns * element / plan.unit), kThreads * kGatherItems);
+  const int64_t units = columns * element / plan.unit;
+  plan.lanes = 1;
+  while (plan.lanes < kWarp && plan.lanes * kGatherColumns < units) plan.lanes *= 2;
+  plan.across = ceil_div(units, plan.lanes * kGatherColumns);
+  plan.down = ceil_div(rows, kWarp / plan.lanes * kGatherRows);
+  plan.blocks = ceil_div(layers * plan.down * plan.across, kThreads / kWarp);
   return plan;
 }
 
-struct GatherPlace {
-  int64_t layer, row, column;  // column in units
+struct GatherPlace {  // of a thread
+  int64_t layer, row, column;     // the first, in units
+  int64_t next_row, next_column;  // from each to the next
 };
 
-GROWKIT_HD int64_t gather_item(int64_t block, int thread, int part) {
-  return (block * kGatherItems + part) * kThreads + thread;
-}
-
-GROWKIT_HD GatherPlace gather_place(int64_t item, int64_t rows, int64_t columns) {
+GROWKIT_HD GatherPlace gather_place(const GatherPlan& plan, int64_t block, int thread) {
+  const int lanes = static_cast<int>(plan.lanes), lane = thread % kWarp;
   GatherPlace place;
-  int64_t line;
-  divide(item, columns, line, place.column);
-  divide(line, rows, place.layer, place.row);
+  int64_t rest;
+  divide(block * (kThreads / kWarp) + thread / kWarp, plan.across, rest, place.column);
+  divide(rest, plan.down, place.layer, place.row);
+  place.next_row = kWarp / lanes;
+  place.next_column = lanes;
+  place.row = place.row * kGatherRows * place.next_row + lane / lanes;
+  place.column = place.column * kGatherColumns * lanes + lane % lanes;
   return place;
 }
 

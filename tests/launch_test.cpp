@@ -112,12 +112,12 @@ static void gather_case(int64_t layers, int64_t rows, int64_t columns, int64_t e
   std::vector<int> writes(layers * rows * units, 0);
   for (int64_t block = 0; block < plan.blocks; ++block) {
     for (int thread = 0; thread < kThreads; ++thread) {
-      for (int part = 0; part < kGatherItems; ++part) {
-        const int64_t item = gather_item(block, thread, part);
-        if (item >= layers * rows * units) continue;
-        const GatherPlace at = gather_place(item, rows, units);
-        EXPECT(at.layer < layers && at.row < rows && at.column < units, "gather stays inside");
-        ++writes[(at.layer * rows + at.row) * units + at.column];
+      const GatherPlace at = gather_place(plan, block, thread);
+      for (int k = 0; k < kGatherRows; ++k) {
+        for (int i = 0; i < kGatherColumns; ++i) {
+          const int64_t row = at.row + k * at.next_row, column = at.column + i * at.next_column;
+          if (at.layer < layers && row < rows && column < units) ++writes[(at.layer * rows + row) * units + column];
+        }
       }
     }
   }
@@ -199,8 +199,11 @@ int main() {
   large.path = kVectorPath;
   const Place last = mix_place(large, mix_blocks(large) - 1, (large.rows * large.columns / kVector - 1) % kThreads);
   EXPECT(last.inside && last.row == 70000 && last.column == 70000, "(%ld, %ld)", last.row, last.column);
-  const GatherPlace end = gather_place(int64_t{3} * 70001 * 70001 - 1, 70001, 70001);
-  EXPECT(end.layer == 2 && end.row == 70000 && end.column == 70000, "(%ld, %ld)", end.row, end.column);
+  const int64_t side = int64_t{1} << 20;
+  const GatherPlan plan = gather_plan(1, side, side, 4, false);
+  const GatherPlace end = gather_place(plan, plan.blocks - 1, kThreads - 1);
+  EXPECT(end.row == side - kGatherRows && end.column + (kGatherColumns - 1) * end.next_column == side - 1, "(%ld, %ld)",
+         end.row, end.column);
 
   std::printf("%ld checks\n", checks);
 }

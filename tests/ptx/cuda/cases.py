@@ -188,7 +188,7 @@ def _sources(X):
 
 
 def _gather(there, dtype):
-    for shape in ((2, 3, 64), (3, 17, 33), (1, 1, 1)):
+    for shape in ((2, 3, 64), (3, 17, 33), (2, 18, 132), (1, 150, 1)):
         X = randn(*shape).mul(50).to(dtype)
         for indexed in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 1)):
             index = [torch.randint(n, (n + 5,)) if on else None for n, on in zip(shape, indexed, strict=True)]
