@@ -60,8 +60,8 @@ class Attachment:
         inside = own.keys() & set(model.parameters())
         if own and not inside:
             raise ValueError(
-                f"attach: model has none of the optimizer's {len(own)} parameters ({_REPLACED}, a copy, or loaded "
-                "anew?), expected the model that is trained"
+                f"attach: model has none of the optimizer's {len(own)} parameters (a copy, or loaded anew? or are they "
+                f"{_REPLACED}?), expected the model that is trained"
             )
         outside = own.keys() - inside
         if outside:
@@ -81,7 +81,7 @@ class Attachment:
         if lost and len(own) - len(shared) > self._outside:
             raise RuntimeError(
                 f"curvature refresh: {lost} of the {len(self._inside)} parameters that the optimizer shared with "
-                f"the attached model have been replaced after attach() ({_REPLACED}?), which is not supported; "
+                f"the attached model have been replaced after attach() (by {_REPLACED}?), which is not supported; "
                 "expected fully_shard, DDP or a plain module, and attach() after it"
             )
 
@@ -148,7 +148,7 @@ class Attachment:
             hook.remove()
 
 
-_REPLACED = "by flat or float32 copies, as in DeepSpeed's ZeRO and Megatron's optimizers"
+_REPLACED = "flat or float32 copies, as DeepSpeed's ZeRO and Megatron's optimizers make them"
 
 
 def _listed(names):
