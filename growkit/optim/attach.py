@@ -10,6 +10,7 @@ import torch
 
 from growkit.optim import curvature, distributed, likelihood
 from growkit.optim.options import Phase
+from growkit.optim.processes import Processes
 from growkit.optim.replay import Call, replaying, undisturbed
 from growkit.warn import called_by, warn
 
@@ -161,7 +162,7 @@ def estimate(
 ) -> dict:
     """The curvature on `calls`, not yet in `h`: what `_take` folds. Nothing has changed, also where this raises."""
     distributed.check(model)
-    processes = distributed.Processes(optimizer, optimizer._owner(), model, process_group)
+    processes = Processes(optimizer, optimizer._owner(), model, process_group)
     if not optimizer._compared:
         processes.check_replicas()
         optimizer._compared = True

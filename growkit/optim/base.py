@@ -19,6 +19,7 @@ from growkit.optim import distributed
 from growkit.optim.attach import Attachment, after_step, before_step, estimate, is_due
 from growkit.optim.buckets import Buckets, as_real
 from growkit.optim.options import Checked, check_bs, check_new, check_values
+from growkit.optim.processes import Processes
 from growkit.optim.replay import Call
 from growkit.optim.state import check_file, complete_groups, convert, of_file, share_steps
 from growkit.optim.telemetry import LARGEST, SMALLEST, START, TARGET, Telemetry, move
@@ -366,7 +367,7 @@ class SophiaBase(Optimizer):
         of the key. processes: those of a refresh, by default those that hold shards of the same parameters.
         """
         self._checked.check(type(self).__name__, self.param_groups)
-        processes = processes or distributed.Processes(self, self._owner())
+        processes = processes or Processes(self, self._owner())
         prepared = self._buckets.prepare(self.param_groups, self.state)
         found = [bucket for _, buckets in prepared for bucket in buckets]
         if not found and processes.size == 1:

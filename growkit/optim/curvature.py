@@ -19,6 +19,7 @@ from growkit import ops
 from growkit.optim import distributed
 from growkit.optim import likelihood as likelihoods
 from growkit.optim.likelihood import Likelihood, Scored
+from growkit.optim.processes import Processes
 from growkit.optim.replay import Call
 from growkit.warn import warn
 
@@ -63,7 +64,7 @@ def _reentrant(loss):
 
 
 def gnb(
-    processes: distributed.Processes,
+    processes: Processes,
     calls: list[Call],
     key: dict,
     known: dict,
@@ -233,7 +234,7 @@ def _masked(z, scored, mask, call):
 
 
 def hutchinson(
-    processes: distributed.Processes,
+    processes: Processes,
     calls: list[Call],
     key: dict,
     known: dict,

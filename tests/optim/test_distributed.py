@@ -11,7 +11,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from growkit.bench import loops
-from growkit.optim import SophiaG, SophiaH, distributed, telemetry
+from growkit.optim import SophiaG, SophiaH, distributed, processes, telemetry
+from growkit.optim.processes import Processes
 
 # --- what runs on the processes ---
 
@@ -252,10 +253,10 @@ def summed(rank, world):
         torch.randn(2, generator=make, dtype=torch.complex64),
     ]
     expected = [t * world for t in tensors]
-    processes = distributed.Processes(SophiaG([nn.Parameter(torch.ones(1))]), None, nn.Module())
+    both = Processes(SophiaG([nn.Parameter(torch.ones(1))]), None, nn.Module())
     found = list(tensors)
-    with mock.patch.object(distributed, "BUCKET", 80), AllReduces() as taken:
-        processes.sums_(found)
+    with mock.patch.object(processes, "BUCKET", 80), AllReduces() as taken:
+        both.sums_(found)
     same = all(torch.equal(t, e) and t.shape == e.shape for t, e in zip(found, expected, strict=True))
     return taken.count, same, [i for i, t in enumerate(found) if t is tensors[i]]
 
@@ -285,8 +286,7 @@ def only_devices(rank, world):
     """What a group exchanges whose backend takes no tensors of the host, as NCCL."""
     model = nn.Linear(3, 4)
     group = dist.new_group(backend="cuda:gloo")
-    processes = distributed.Processes(SophiaG(model.parameters()), None, model, group)
-    return processes.rows(5 + rank, 1)
+    return Processes(SophiaG(model.parameters()), None, model, group).rows(5 + rank, 1)
 
 
 def told(rank, world, wrapped):
