@@ -363,7 +363,8 @@ OTHERS = {
     "Distributed checkpoints go bit for bit from 2 processes to 1 and 3, and from 1 to 2 and 3",
     "`torch.amp.GradScaler`": "right with DDP and FSDP2: an overflow in one process skips the step of all",
     "an optimizer for each parameter, stepping within the backward": "right on one process with `update_hessian()` in "
-    "the hooks; refused where attached, and under DDP, which reduces gradients after the hooks",
+    "the hooks; refused where attached, and on several processes unless all parameters are shards, for DDP reduces "
+    "gradients after the hooks",
     "distributed checkpoints": "right: saved by 2 processes and gone on with by 3; whole files go into shards and back",
     "DeepSpeed 0.19.8, tried by hand on 2 CPU processes": "ZeRO stages 1 to 3 are refused by name: by `attach`, or by "
     "the first refresh where `initialize` came after it, for they put flat copies in the place of parameters. Stage 0 "

@@ -1,6 +1,8 @@
 """Every loop of growkit.bench.loops trains the model that the plain loop on one process trains."""
 
 import functools
+import string
+from pathlib import Path
 
 import pytest
 
@@ -27,6 +29,14 @@ def results():
 def test_a_loop_is_the_plain_loop(loop, cls, world, results):
     for found in results(world)[loop, cls, world]:
         assert loops.difference(found, loops.plain(cls)) < loops.TOLERANCE
+
+
+def test_the_page_says_what_the_command_writes():
+    """But for the figures and versions of the run."""
+    page = (Path(__file__).parents[2] / "docs/integrations.md").read_text()
+    said = [text for text, *_ in string.Formatter().parse(loops.PAGE)]
+    said += [f"| {k} | {v} |" for k, v in loops.OTHERS.items()] + [f"| {each.name} |" for each in loops.LOOPS]
+    assert not [text for text in said if text not in page]
 
 
 def test_page_holds_the_table_and_a_loop_that_failed_fails(monkeypatch, tmp_path, capsys):
