@@ -76,7 +76,7 @@ def test_a_corrected_h_is_divided_by_its_weight():
 
 def answers(study, known, scale=1.0):
     """The configs that a study asks for, were known(config) the answer."""
-    from benchmarks.evidence import plan
+    from benchmarks.evidence import __main__ as command
     from benchmarks.evidence.store import key
 
     asked = {}
@@ -85,7 +85,7 @@ def answers(study, known, scale=1.0):
         asked[key(config)] = config
         return known(config)
 
-    plan.STUDIES[study](ask, scale)
+    command.STUDIES[study](ask, scale)
     return list(asked.values())
 
 
@@ -102,24 +102,26 @@ def test_every_optimizer_has_as_many_trials_and_its_best_runs_on_three_seeds():
 
 
 def test_a_search_goes_on_at_the_better_end():
-    from benchmarks.evidence import plan
+    from benchmarks.evidence import search, sophia
 
-    found = plan.search(lambda config: config["stages"][-1]["lr"], plan.optimizer_config("adamw"))
+    found = search.search(lambda config: config["stages"][-1]["lr"], sophia.optimizer_config("adamw"))
     assert found.config["stages"][-1]["lr"] == pytest.approx(4e-3 / 4)
-    assert plan.search(lambda config: None, plan.optimizer_config("adamw")) is None
+    assert search.search(lambda config: None, sophia.optimizer_config("adamw")) is None
 
 
-STUDIES = "optimizers horizons details size growth best_size starts more_starts both when vit".split()
+STUDIES = (
+    "optimizers horizons details size million growth best_size starts more_starts restarts both when rule vit".split()
+)
 
 
 @pytest.mark.parametrize("study", STUDIES)
 def test_each_kind_of_run_of_each_study(study, tmp_path, monkeypatch):
     """At a thousandth of its size: it trains, counts what it spends, and is there for the next that asks."""
     from benchmarks.evidence import __main__ as command
-    from benchmarks.evidence import plan, runs
+    from benchmarks.evidence import runs
     from benchmarks.evidence.store import Store
 
-    assert set(STUDIES) == set(plan.STUDIES)
+    assert set(STUDIES) == set(command.STUDIES)
     monkeypatch.setattr(runs, "MARKED", 4)
     monkeypatch.setattr(runs, "VALIDATED", 8)
     monkeypatch.setattr(runs, "text", lambda: bytes(range(97, 123)) * 1000)
@@ -127,7 +129,9 @@ def test_each_kind_of_run_of_each_study(study, tmp_path, monkeypatch):
     kinds = {}
     for config in answers(study, by_rate, 1e-3):
         stage = config["stages"][-1]
-        kinds[tuple(stage.get(name) for name in ("optimizer", "start", "fit", "carry", "arm"))] = config
+        kind = tuple(stage.get(name) for name in ("optimizer", "start", "fit", "carry", "arm"))
+        kind += ("fall" in config["stages"][0], bool(config["stages"][0]["decay"]))
+        kinds[kind] = config
     store = Store(tmp_path)
     done_before = DONE.copy()
     for kind, config in kinds.items():
@@ -147,14 +151,16 @@ DONE = set()
 
 def filled_store(folder):
     """Records of every study, with losses that nothing was trained for."""
-    from benchmarks.evidence import plan
+    from benchmarks.evidence import __main__ as command
+    from benchmarks.evidence import growth
     from benchmarks.evidence.store import Store
 
     store = Store(folder)
-    for study in plan.STUDIES:
+    for study in command.STUDIES:
         for config in answers(study, by_rate):
             point = [3e11, 10, by_rate(config), 0.2]
             facts = {"parameters": 1000, "small_flops": 1e10, "small_bits": 3.0, "start_bits": 3.0, "error": 9.0}
+            facts |= {"small_steps": 500, "falls": [[steps, 0.1] for steps in growth.GROWN_AT]}
             record = {"config": config, "bits": by_rate(config), "flops": 3e11, "steps": 10, "points": [point]}
             store.put(record | facts)
 
@@ -162,13 +168,13 @@ def filled_store(folder):
 def test_a_packed_study_is_read_back_and_reported(tmp_path):
     """Every table and figure, of packed files alone."""
     from benchmarks.evidence import __main__ as command
-    from benchmarks.evidence import plan, report
+    from benchmarks.evidence import report
 
     folder = tmp_path / "data"
     filled_store(folder)
-    command.main([*plan.STUDIES, "--pack", "--out", str(folder)])
+    command.main([*command.STUDIES, "--pack", "--out", str(folder)])
     shutil.rmtree(folder / "runs")
-    for study in plan.STUDIES:
+    for study in command.STUDIES:
         assert all(record is not None for _, record in command.wanted(study, report.Results(folder).store))
     page = "".join(f"<!-- table {name} -->\nold\n<!-- end -->\n" for name in report.TABLES)
     (tmp_path / "page.md").write_text(page)
@@ -184,18 +190,27 @@ def test_a_packed_study_is_read_back_and_reported(tmp_path):
 
 
 def test_where_nothing_was_run_the_tables_say_so(tmp_path):
-    from benchmarks.evidence import report
+    from benchmarks.evidence import tables
 
-    results = report.Results(tmp_path)
-    for name in ("optimizers", "growth", "starts", "both", "vit"):
-        assert report.NONE in "".join(report.TABLES[name](results))
+    results = tables.Results(tmp_path)
+    for name in ("optimizers", "million", "growth", "starts", "restarts", "both", "rule", "vit"):
+        assert tables.NONE in "".join(tables.TABLES[name](results))
+
+
+def test_a_stage_ends_where_its_training_loss_falls_less():
+    from benchmarks.evidence import runs
+
+    assert runs.fall([8.0, 4.0, 3.0, 1.0]) == pytest.approx(1 - 2.0 / 4.0)
+    losses = [n**-0.1 for n in range(1, 4001)]  # a power law falls by the same share at any point
+    assert runs.fall(losses) == pytest.approx(1 - 2**-0.1, abs=1e-3)
+    assert runs.fall(losses[:1000]) == pytest.approx(1 - 2**-0.1, abs=1e-3)
 
 
 def test_two_processes_do_not_run_the_same(tmp_path):
-    from benchmarks.evidence import plan
+    from benchmarks.evidence import sophia
     from benchmarks.evidence.store import Store
 
-    config = plan.optimizer_config("adamw")
+    config = sophia.optimizer_config("adamw")
     with Store(tmp_path).claim(config) as first, Store(tmp_path).claim(config) as second:
         assert first and not second
     with Store(tmp_path).claim(config) as again:
@@ -206,9 +221,9 @@ def test_two_processes_do_not_run_the_same(tmp_path):
 
 
 def test_a_run_that_diverged_loses(tmp_path):
-    from benchmarks.evidence import plan, report
+    from benchmarks.evidence import report, sophia
 
-    results, config = report.Results(tmp_path), plan.optimizer_config("adamw")
+    results, config = report.Results(tmp_path), sophia.optimizer_config("adamw")
     results.store.put({"config": config, "bits": None})
     assert results.ask(config) == float("inf")
 

@@ -13,8 +13,10 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.evidence import plan, runs
+from benchmarks.evidence import growth, runs, sophia
 from benchmarks.evidence.store import Store, key
+
+STUDIES = {study.__name__: study for study in (*sophia.STUDIES, *growth.STUDIES)}
 
 
 def wanted(study, store, scale=1.0):
@@ -27,22 +29,22 @@ def wanted(study, store, scale=1.0):
             return None
         return float("inf") if record["bits"] is None else record["bits"]
 
-    plan.STUDIES[study](ask, scale)
+    STUDIES[study](ask, scale)
     return list(asked.values())
 
 
-def run(config, store):
-    """Run `config`, after the stages before its last, and keep what a longer run may go on from."""
+def run(config, store, keep=False):
+    """Run `config`, after the stages before its last; keep: what a longer run goes on from, too."""
     before = None
     if len(config["stages"]) > 1:
         first = config | {"stages": config["stages"][:-1]}
         file = store.runs / f"{key(first)}.pt"
         if not file.exists():
-            run(first, store)
+            run(first, store, keep=True)
         before = torch.load(file, weights_only=False)
     record, left = runs.TASKS[config["task"]](config, before)
     store.put(record)
-    if not config["stages"][-1]["decay"]:
+    if keep:
         partial = store.runs / f"{key(config)}.{os.getpid()}.partial"
         torch.save(left, partial)
         os.replace(partial, store.runs / f"{key(config)}.pt")
@@ -90,7 +92,7 @@ def about():
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(prog="python -m benchmarks.evidence", description=__doc__.partition("\n")[0])
-    parser.add_argument("studies", nargs="+", choices=plan.STUDIES, metavar="STUDY", help=", ".join(plan.STUDIES))
+    parser.add_argument("studies", nargs="+", choices=STUDIES, metavar="STUDY", help=", ".join(STUDIES))
     parser.add_argument("--out", type=Path, default=Path("docs/results/data"))
     parser.add_argument("--scale", type=float, default=1.0, help="of all numbers of steps")
     parser.add_argument("--pack", action="store_true", help="run nothing: STUDY.json of what there is")

@@ -4,14 +4,17 @@
 
 A stage trains one model: {"size": "2x64", "optimizer": "adamw", "lr": 4e-3, "beta1": 0.9, ...} with, for its end,
 "steps" (of this stage) or "flops" (of the whole run, everything counted), "warmup" in steps and "decay", the share at
-whose end the learning rate is 0 (0: constant). All but the first stage grow the model of the one before: "start" is a
-start of `growkit.LiGO`, "fit" its steps, "carry" whether the optimizer's state is grown too.
+whose end the learning rate is 0 (0: constant). With "look" and "fall", a constant stage ends earlier: at the first
+multiple of "look" steps where its training loss falls by less than this share as its steps double. All but the first
+stage grow the model of the one before: "start" is a start of `growkit.LiGO`, "fit" its steps, "carry" whether the
+optimizer's state is grown too.
 """
 
 import functools
 import hashlib
 import importlib.util
 import math
+import statistics
 import sysconfig
 import time
 from pathlib import Path
@@ -127,7 +130,8 @@ def _grow(run, begun, stage):
         before, demo.config(shape(stage["size"]), run.settings.context), start=stage["start"], seed=run.seed
     )
     large, steps = operator.grow(), stage.get("fit", 0)
-    run.facts |= {"small_flops": run.flops, "small_bits": demo.bits_per_byte(before, run.corpus)}
+    run.facts |= {"small_flops": run.flops, "small_steps": run.steps}
+    run.facts["small_bits"] = demo.bits_per_byte(before, run.corpus)
     run.facts["start_bits"] = demo.bits_per_byte(large, run.corpus)
     if steps:
         feed = (run.corpus.batch(run.seed, run.steps + i) for i in range(steps))
@@ -153,9 +157,34 @@ def _train(run, model, optimizer, stage):
     if stage["decay"]:
         run.train(model, optimizer, stage["size"], steps)
         return
+    if "fall" in stage:
+        run.facts["falls"] = _train_until(run, model, optimizer, stage, steps)
+        return
     marks = sorted({round(steps * (i + 1) / CHUNKS) for i in range(CHUNKS)} - {0})
     for first, last in zip([0, *marks], marks, strict=False):
         run.train(model, optimizer, stage["size"], last, first=first, steps=10**9)
+
+
+def _train_until(run, model, optimizer, stage, steps):
+    """Train at a constant rate up to the first look that finds a `fall` below the stage's: [[steps, fall], ...]."""
+    losses, falls, look = [], [], stage["look"]
+    hook = model.register_forward_hook(lambda _, __, out: losses.append(out.loss.item()) if model.training else None)
+    for last in range(look, steps + 1, look):
+        run.train(model, optimizer, stage["size"], last, first=last - look, steps=10**9)
+        falls.append([last, fall(losses)])
+        if falls[-1][1] < stage["fall"]:
+            break
+    hook.remove()
+    return falls
+
+
+def fall(losses):
+    """The share by which training loss, at a constant learning rate, has fallen as steps doubled last.
+
+    losses: of each step so far. Their means over the last half of the steps and over the quarter before it.
+    """
+    half, quarter = len(losses) // 2, len(losses) // 4
+    return 1 - statistics.fmean(losses[half:]) / statistics.fmean(losses[quarter:half])
 
 
 def text_hash():

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.evidence import optimizers, plan, runs
+from benchmarks.evidence import optimizers, runs, search, sophia
 from growkit.bench.measure import paired
 from growkit.demo import runs as demo
 
 
 def ten_steps(name, size):
     """A function that takes ten steps, one of which refreshes a curvature."""
-    config = plan.changed(plan.optimizer_config(name), size=size)
+    config = search.changed(sophia.optimizer_config(name), size=size)
     stage, (data, _) = config["stages"][-1], runs.corpus(config["context"], config["batch"])
     run = demo.Run(runs.settings(config, stage), data, 0, "cpu")
     model = run.new_model(runs.shape(size))
@@ -37,12 +37,12 @@ def ten_steps(name, size):
 def main(arguments=None):
     parser = argparse.ArgumentParser(prog="python -m benchmarks.evidence.times", description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("docs/results/data"))
-    parser.add_argument("--size", default=plan.SIZE)
+    parser.add_argument("--size", default=sophia.SIZE)
     parser.add_argument("--rounds", type=int, default=9)
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    timed = paired({name: ten_steps(name, options.size) for name in plan.OPTIMIZERS}, "cpu", options.rounds)
+    timed = paired({name: ten_steps(name, options.size) for name in sophia.OPTIMIZERS}, "cpu", options.rounds)
     least = {name: min(samples) for name, samples in timed.samples.items()}
     found = {
         "size": options.size,

@@ -1,0 +1,182 @@
+"""The studies of docs/results/sophia.md: which runs each needs, given what is known so far.
+
+A study is a function of `ask`, which returns the final loss of a config, or None while that is not known; it asks for
+more as answers come. `scale` multiplies all numbers of steps and FLOPs, for tests.
+"""
+
+import math
+
+from benchmarks.evidence.search import Ask, Found, better, changed, config, over_seeds, search
+
+SIZE, SHORT, LONG = "2x64", 600, 1800
+
+# optimizer: (first setting, another value of two more coordinates): 6 trials each
+OPTIMIZERS = {
+    "adamw": ({"lr": 4e-3, "beta2": 0.95}, {"beta1": (0.8,), "beta2": (0.99,)}),
+    "nadamw": ({"lr": 4e-3, "beta2": 0.95}, {"beta1": (0.8,), "beta2": (0.99,)}),
+    "sign": ({"lr": 5e-4, "beta1": 0.8}, {"beta1": (0.9,), "weight_decay": (0.4,)}),
+    "sophiag": ({"lr": 5e-4, "beta1": 0.8, "rho": 0.05}, {"beta1": (0.9,), "rho": (0.2,)}),
+    "sophiah": ({"lr": 5e-4, "beta1": 0.8, "rho": 0.01}, {"beta1": (0.9,), "rho": (0.04,)}),
+    "nesterov": ({"lr": 5e-4, "beta1": 0.9, "rho": 0.05}, {"beta1": (0.8,), "rho": (0.2,)}),
+    "lion": ({"lr": 5e-4, "beta1": 0.8, "beta2": 0.9}, {"beta1": (0.65,), "beta2": (0.8,)}),
+    "mixed": (
+        {"lr": 5e-4, "beta1": 0.8, "rho": 0.05, "other_lr": 4e-3},
+        {"beta1": (0.9,), "other_lr": (2e-3,)},
+    ),
+}
+
+
+def optimizer_config(name: str, scale: float = 1.0, size: str = SIZE) -> dict:
+    steps = max(2, round(SHORT * scale))
+    return config({"size": size, "optimizer": name, "steps": steps, **OPTIMIZERS[name][0]})
+
+
+def tuned(ask: Ask, name: str, scale: float = 1.0) -> Found | None:
+    """The best of 6 trials on seed 0, once it has run on three seeds."""
+    found = search(ask, optimizer_config(name, scale), OPTIMIZERS[name][1])
+    return found if found and over_seeds(ask, found.config) else None
+
+
+def optimizers(ask: Ask, scale: float = 1.0) -> None:
+    """Eight optimizers tuned alike at a short horizon."""
+    for name in OPTIMIZERS:
+        tuned(ask, name, scale)
+
+
+def horizons(ask: Ask, scale: float = 1.0) -> None:
+    """The tuned settings at three times the steps, with the learning rate or half of it."""
+    for name in ("adamw", "sophiag", "mixed", "nesterov", "nadamw", "sign", "sophiah", "lion"):
+        at_horizon(ask, name, LONG, scale)
+
+
+def at_horizon(ask: Ask, name: str, steps: int, scale: float = 1.0) -> dict | None:
+    found = tuned(ask, name, scale)
+    if found is None:
+        return None
+    longer = changed(found.config, steps=max(2, round(steps * scale)))
+    lr = longer["stages"][-1]["lr"]
+    trials = [(ask(each), each) for each in (longer, changed(longer, lr=lr / 2))]
+    if None in [bits for bits, _ in trials]:
+        return None
+    over_seeds(ask, better(trials))
+    return better(trials)
+
+
+EMBEDDINGS = "embeddings, norms, biases at twice the lr"
+SHAPES = {
+    "warm-up 120": {"warmup": 120},
+    "decay over the last 20 %": {"decay": 0.2},
+    "decay over the last 60 %": {"decay": 0.6},
+    "linear decay": {"decay": 1.0},
+}
+# name: what changes in the tuned setting
+DETAILS = {
+    "mixed": {"no curvature": {"rho": 1e-9}},
+    "adamw": {EMBEDDINGS: {"other_lr": 4e-3}, **SHAPES},
+    "sophiag": {
+        "no curvature": {"rho": 1e-9},
+        "h corrected": {"optimizer": "corrected"},
+        "50 refreshes at first": {"optimizer": "early"},
+        "official values": {"lr": 6e-4, "beta1": 0.965, "rho": 0.05, "weight_decay": 0.2},
+        "weight decay 0.4": {"weight_decay": 0.4},
+        **SHAPES,
+    },
+    "nesterov": {"no curvature": {"rho": 1e-9}},
+}
+LONG_DETAILS = {
+    "mixed": {"no curvature": {"rho": 1e-9}, "beta1 0.9": {"beta1": 0.9}},
+    "nesterov": {"no curvature": {"rho": 1e-9}},
+    "sophiag": {
+        "no curvature": {"rho": 1e-9},
+        "decay over the last 20 %": {"decay": 0.2},
+        "decay over the last 60 %": {"decay": 0.6},
+    },
+    "adamw": {
+        EMBEDDINGS: {"other_lr": 4e-3},
+        "beta1 0.9": {"beta1": 0.9},
+        "decay over the last 20 %": {"decay": 0.2},
+        "decay over the last 60 %": {"decay": 0.6},
+    },
+}
+
+
+def details(ask: Ask, scale: float = 1.0) -> None:
+    """One change at a time to the tuned settings, at both horizons."""
+    for name, changes in DETAILS.items():
+        if found := tuned(ask, name, scale):
+            for change in changes.values():
+                over_seeds(ask, changed(found.config, **change))
+    for name, changes in LONG_DETAILS.items():
+        if longer := at_horizon(ask, name, LONG, scale):
+            for change in changes.values():
+                over_seeds(ask, changed(longer, **change))
+
+
+LARGER = "4x96"
+
+
+def size(ask: Ask, scale: float = 1.0) -> None:
+    """The contenders on a model of three times the size: the tuned lr or half of it, all else as tuned."""
+    for name in ("adamw", "nadamw", "sophiag", "nesterov"):
+        at_size(ask, name, scale)
+
+
+def at_size(ask: Ask, name: str, scale: float = 1.0) -> dict | None:
+    found = tuned(ask, name, scale)
+    if found is None:
+        return None
+    larger = changed(found.config, size=LARGER)
+    trials = [(ask(each), each) for each in (larger, changed(larger, lr=larger["stages"][-1]["lr"] / 2))]
+    if None in [bits for bits, _ in trials]:
+        return None
+    over_seeds(ask, better(trials))
+    return better(trials)
+
+
+MILLION, MILLION_STEPS = "5x128", 3000
+# row: (optimizer, what changes in its tuned setting); the order is that of the runs
+CONTENDERS = {
+    "adamw": ("adamw", {}),
+    "mixed": ("mixed", {}),
+    "mixed, no curvature": ("mixed", {"rho": 1e-9}),
+    "adamw, embeddings": ("adamw", {"other_lr": 4e-3}),
+    "sophiag": ("sophiag", {}),
+    "lion": ("lion", {}),
+    "sign": ("sign", {}),
+}
+
+
+def million(ask: Ask, scale: float = 1.0) -> None:
+    """The contenders on a model of a million parameters, trained for thousands of steps."""
+    for row in CONTENDERS:
+        at_million(ask, row, scale)
+
+
+def at_million(ask: Ask, row: str, scale: float = 1.0) -> Found | None:
+    """Trials on seed 0: the tuned rates, 0.7 of them, and steps of sqrt(2) on from the better until one is worse."""
+    name, change = CONTENDERS[row]
+    found = tuned(ask, name, scale)
+    if found is None:
+        return None
+    base = changed(found.config, size=MILLION, steps=max(2, round(MILLION_STEPS * scale)), **change)
+
+    def trial(by):
+        stage = base["stages"][-1]
+        config = changed(base, **{rate: stage[rate] * by for rate in ("lr", "other_lr") if rate in stage})
+        return ask(config), config
+
+    trials = [trial(by) for by in (1, math.sqrt(0.5))]
+    if None in [bits for bits, _ in trials]:
+        return None
+    up = trials[0][0] < trials[1][0]
+    for by in (math.sqrt(2), 2) if up else (0.5, math.sqrt(0.125)):
+        trials.append(trial(by))
+        if trials[-1][0] is None:
+            return None
+        if better(trials) is not trials[-1][1]:
+            break
+    over_seeds(ask, better(trials))
+    return Found(better(trials), sorted(trials, key=lambda each: each[0]))
+
+
+STUDIES = (optimizers, horizons, details, size, million)

@@ -1,0 +1,353 @@
+"""The tables of the results pages, of the records."""
+
+import json
+import math
+import statistics
+
+from benchmarks.evidence import growth, search, sophia
+from benchmarks.evidence.store import Store
+
+NAMES = {
+    "adamw": "AdamW",
+    "nadamw": "NAdamW",
+    "lion": "Lion",
+    "sign": "sign of the momentum",
+    "sophiag": "SophiaG",
+    "sophiah": "SophiaH",
+    "nesterov": "SophiaG, Nesterov momentum",
+    "mixed": "SophiaG, AdamW for embeddings, norms, biases",
+}
+SEEDS = (0, 1, 2)
+NONE = "not measured"
+
+
+class Results:
+    """What the tables ask: final losses by seed, and settings that won."""
+
+    def __init__(self, folder):
+        self.store, self.folder = Store(folder), folder
+
+    def ask(self, config):
+        record = self.store.get(config)
+        if record is None:
+            return None
+        return math.inf if record["bits"] is None else record["bits"]
+
+    def records(self, config, seeds=SEEDS):
+        """One a seed, or None while one is missing."""
+        found = [config and self.store.get(search.seeded(config, seed)) for seed in seeds]
+        return None if None in found else found
+
+    def losses(self, config, seeds=SEEDS):
+        records = self.records(config, seeds)
+        return records and [record["bits"] for record in records]
+
+
+def cell(values, digits=3):
+    """Mean and range."""
+    if values is None:
+        return NONE
+    return f"{statistics.fmean(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+def flops(total):
+    return f"{total:.0e}".replace("e+", "e")
+
+
+def table(header, rows):
+    yield "| " + " | ".join(header) + " |"
+    yield "|---" * len(header) + "|"
+    for row in rows:
+        yield "| " + " | ".join(map(str, row)) + " |"
+
+
+def setting(config, names=("lr", "beta1", "beta2", "rho", "other_lr", "weight_decay")):
+    stage = config["stages"][-1]
+    return ", ".join(f"{name} {stage[name]:.3g}" for name in names if name in stage)
+
+
+# --- optimizers -------------------------------------------------------------------------------------------------------
+
+
+def optimizer_rows(results):
+    times = results.folder / "times.json"
+    times = json.loads(times.read_text())["ratios"] if times.exists() else {}
+    for name, title in NAMES.items():
+        found = sophia.tuned(results.ask, name)
+        if found is None:
+            yield title, *[NONE] * 6
+            continue
+        longer = sophia.at_horizon(results.ask, name, sophia.LONG)
+        unclipped = [record["points"][-1][3] for record in results.records(found.config)]
+        yield (
+            title,
+            setting(found.config),
+            cell(results.losses(found.config)),
+            gain(results, results.losses(found.config)),
+            cell(results.losses(longer)),
+            "-" if None in unclipped else f"{statistics.fmean(unclipped):.2f}",
+            f"{times[name]:.2f}" if name in times else NONE,
+        )
+
+
+def slope(results):
+    """Bits that AdamW gains by each doubling of its steps, from the short horizon to the long one."""
+    short = sophia.tuned(results.ask, "adamw")
+    longer = sophia.at_horizon(results.ask, "adamw", sophia.LONG)
+    losses = results.losses(short and short.config), results.losses(longer)
+    if None in losses:
+        return None
+    return (statistics.fmean(losses[0]) - statistics.fmean(losses[1])) / math.log2(sophia.LONG / sophia.SHORT)
+
+
+def gain(results, losses):
+    """Steps of AdamW, over those of the short horizon, that would end at the same loss."""
+    adamw, by = results.losses(sophia.tuned(results.ask, "adamw").config), slope(results)
+    if None in (adamw, losses, by):
+        return NONE
+    gaps = [a - b for a, b in zip(adamw, losses, strict=True)]
+    return cell([2 ** (gap / by) for gap in gaps], 2)
+
+
+def optimizer_table(results):
+    header = (
+        "optimizer",
+        "best of 6 trials",
+        f"bits/byte, {sophia.SHORT} steps",
+        "AdamW's steps to the same loss, x",
+        f"bits/byte, {sophia.LONG} steps",
+        "unclipped at the end",
+        "CPU time per step, AdamW 1",
+    )
+    return table(header, optimizer_rows(results))
+
+
+def trial_rows(results):
+    for name, title in NAMES.items():
+        found = sophia.tuned(results.ask, name)
+        for bits, config in found.trials if found else ():
+            yield title, setting(config), f"{bits:.3f}"
+
+
+def detail_rows(results):
+    for name, changes in sophia.DETAILS.items():
+        if found := sophia.tuned(results.ask, name):
+            yield from changed_rows(results, NAMES[name], found.config, changes)
+    for name, changes in sophia.LONG_DETAILS.items():
+        if longer := sophia.at_horizon(results.ask, name, sophia.LONG):
+            yield from changed_rows(results, f"{NAMES[name]}, {sophia.LONG} steps", longer, changes)
+
+
+def changed_rows(results, name, config, changes):
+    tuned = results.losses(config)
+    yield name, "as tuned", cell(tuned), ""
+    for change, values in changes.items():
+        losses = results.losses(search.changed(config, **values))
+        apart = tuned and losses and [b - a for a, b in zip(tuned, losses, strict=True)]
+        yield name, change, cell(losses), cell(apart)
+
+
+def size_rows(results):
+    for name in ("adamw", "nadamw", "sophiag", "nesterov"):
+        best = sophia.at_size(results.ask, name)
+        yield NAMES[name], best and setting(best, ("lr",)) or NONE, cell(results.losses(best))
+
+
+CONTENDERS = {
+    "mixed, no curvature": "sign of the momentum, AdamW for embeddings, norms, biases",
+    "adamw, embeddings": f"AdamW, {sophia.EMBEDDINGS}",
+}
+
+
+def million_rows(results):
+    for row in sophia.CONTENDERS:
+        title, found = CONTENDERS.get(row) or NAMES[row], sophia.at_million(results.ask, row)
+        if found is None:
+            yield title, *[NONE] * 6
+            continue
+        trials = "; ".join(f"{rates(config)}: {bits:.3f}" for bits, config in found.trials)
+        by_seed = [results.losses(found.config, [seed]) for seed in SEEDS]
+        known = [losses[0] for losses in by_seed if losses]
+        yield title, rates(found.config), trials, *(f"{x[0]:.3f}" if x else NONE for x in by_seed), cell(known)
+
+
+def rates(config):
+    return setting(config, ("lr", "other_lr"))
+
+
+# --- growth -----------------------------------------------------------------------------------------------------------
+
+
+def arm_rows(results, arms):
+    for name, config in arms.items():
+        records = results.records(config)
+        if records is None:
+            yield name, *[NONE] * 4
+            continue
+        right_after = [r.get("fit_bits", r.get("start_bits")) for r in records]
+        operator = statistics.fmean(r.get("fit_flops", 0) / r["flops"] for r in records)
+        yield (
+            name,
+            f"{config['stages'][-1]['lr']:.2g}",
+            "" if None in right_after else f"{statistics.fmean(right_after):.2f}",
+            f"{operator:.0%}" if operator else "",
+            cell([r["bits"] for r in records]),
+        )
+
+
+def best_rows(results):
+    from_scratch = search.three_rates(results.ask, growth.direct(growth.BETWEEN))
+    into, totals = growth.into_between(results.ask), growth.TOTALS[1:]
+    targets = results.losses(from_scratch)
+    for name, config in ((f"{growth.BETWEEN} from scratch", from_scratch), (f"{growth.SMALL} grown into it", into)):
+        losses = [results.losses(config and search.changed(config, flops=total)) for total in totals]
+        seeds = results.losses(config, growth.MORE_SEEDS)
+        by_seed = [f"{each:.3f}" for each in seeds] if seeds else [NONE] * len(growth.MORE_SEEDS)
+        last = "" if config == from_scratch else saving(losses, totals, targets)
+        yield name, cell(losses[0]), cell(seeds), *by_seed, last
+
+
+def saving(losses, totals, targets):
+    """In words, how much less than all FLOPs reaches the targets; losses of each total by seed, targets by seed."""
+    if targets is None or None in losses:
+        return NONE
+    found = [reaches(each, totals, target) for *each, target in zip(*losses, targets, strict=True)]
+    if None in found:
+        return "none"
+    saved = [1 - each / totals[-1] for each in found]
+    return f"{min(saved):.0%} to {max(saved):.0%}" + (" or more" if min(found) == totals[0] else "")
+
+
+def growth_arms(results):
+    into = {f"{growth.SMALL} grown into {growth.BETWEEN}": growth.into_between(results.ask)}
+    return growth.growth_arms(results.ask) | into
+
+
+def sizes(results):
+    """size -> records of it trained directly, in the order of parameters; those that were run."""
+    arms = growth.growth_arms(results.ask)
+    configs = {size: growth.other_size(results.ask, size) for size in growth.OTHER_SIZES}
+    configs[growth.SMALL] = arms[f"{growth.SMALL} never grown"]
+    configs |= {size: arms[f"{size} from scratch"] for size in (growth.BETWEEN, growth.LARGE)}
+    found = {size: results.records(config) for size, config in configs.items()}
+    found = {size: records for size, records in found.items() if records}
+    return dict(sorted(found.items(), key=lambda item: item[1][0]["parameters"]))
+
+
+def grown_sizes(results):
+    """size -> records of it grown from the small one, in the order of parameters; those that were run."""
+    into = growth.into_between(results.ask)
+    configs = {size: into and search.changed(into, size=size) for size in growth.OTHER_SIZES} | {growth.BETWEEN: into}
+    configs[growth.LARGE] = growth.growth_arms(results.ask)[f"{growth.SMALL} grown into {growth.LARGE}"]
+    found = {size: results.records(config) for size, config in configs.items()}
+    found = {size: records for size, records in found.items() if records}
+    return dict(sorted(found.items(), key=lambda item: item[1][0]["parameters"]))
+
+
+def size_curve_rows(results):
+    grown = grown_sizes(results)
+    for size, records in sizes(results).items():
+        r = records[0]
+        lr = f"{r['config']['stages'][-1]['lr']:.2g}"
+        after = "" if size == growth.SMALL else cell([r["bits"] for r in grown[size]] if size in grown else None)
+        yield size, f"{r['parameters']:,}", f"{r['steps']:,}", lr, cell([r["bits"] for r in records]), after
+
+
+def reaches(losses, totals, target):
+    """FLOPs at which a loss, falling in a line of log FLOPs between those measured, is at `target`.
+
+    The least measured where it is below already; None where it is above at the end.
+    """
+    points = sorted(zip(totals, losses, strict=True))
+    if points[0][1] <= target:
+        return points[0][0]
+    for (a, high), (b, low) in zip(points, points[1:], strict=False):
+        if low <= target:
+            return a * (b / a) ** ((high - target) / (high - low))
+    return None
+
+
+def both_rows(results):
+    targets = results.losses(growth.growth_arms(results.ask)[f"{growth.LARGE} from scratch"])
+    for name, config in growth.both_arms(results.ask).items():
+        losses = [results.losses(config and search.changed(config, flops=total)) for total in growth.TOTALS]
+        yield name, *map(cell, losses), saving(losses, growth.TOTALS, targets)
+
+
+def restart_rows(results):
+    as_always = results.losses(growth.restart(results.ask, next(iter(growth.RESTARTS))))
+    for arm in growth.RESTARTS:
+        config = growth.restart(results.ask, arm)
+        losses = results.losses(config)
+        apart = as_always and losses and [b - a for a, b in zip(as_always, losses, strict=True)]
+        yield arm, config and f"{config['stages'][-1]['lr']:.2g}" or NONE, cell(losses), cell(apart)
+
+
+def when_rows(results):
+    best = growth.growth_arms(results.ask)[f"{growth.SMALL} grown into {growth.LARGE}"]
+    alone = results.records(growth.falls())
+    for steps in growth.GROWN_AT if best else ():
+        records = results.records(growth.grown_at(best, steps))
+        falling = cell(alone and [100 * dict(r["falls"])[steps] for r in alone], 1)
+        if records is None:
+            yield steps, NONE, NONE, falling, NONE
+            continue
+        share = statistics.fmean(r["small_flops"] / growth.TOTAL for r in records)
+        small, large = (cell([r[bits] for r in records]) for bits in ("small_bits", "bits"))
+        yield steps, f"{share:.0%}", small, falling, large
+
+
+def rule_rows(results):
+    for case, best in growth.rule_cases(results.ask).items():
+        arms = {f"step {steps}": best and growth.grown_at(best, steps) for steps in growth.POINTS}
+        arms["by the rule"] = best and growth.by_rule(best)
+        for name, config in arms.items():
+            records = results.records(config, growth.HELD_OUT)
+            if records is None:
+                yield case, name, *[NONE] * 3
+                continue
+            steps = ", ".join(dict.fromkeys(f"{r['small_steps']:,}" for r in records))
+            share = statistics.fmean(r["small_flops"] / config["stages"][-1]["flops"] for r in records)
+            yield case, name, steps, f"{share:.0%}", cell([r["bits"] for r in records])
+
+
+def vit_rows(results):
+    for arm in growth.VIT_ARMS:
+        trials = [(results.ask(each), each) for each in (growth.vit_config(arm, lr) for lr in growth.VIT_RATES)]
+        best = None if None in [loss for loss, _ in trials] else search.better(trials)
+        records = results.records(best)
+        if records is None:
+            yield arm, *[NONE] * 3
+            continue
+        cells = cell([r["bits"] for r in records]), cell([r["error"] for r in records], 1)
+        yield arm, f"{best['stages'][-1]['lr']:.3g}", *cells
+
+
+ARM = ("run", "lr", "right after growth", "operator's FLOPs", "bits/byte")
+AT = [f"at {flops(total)} FLOPs" for total in growth.TOTALS]
+TABLES = {
+    "optimizers": optimizer_table,
+    "trials": lambda r: table(("optimizer", "setting", "bits/byte, seed 0"), trial_rows(r)),
+    "details": lambda r: table(("optimizer", "change", "bits/byte", "apart from as tuned"), detail_rows(r)),
+    "size": lambda r: table(("optimizer", "setting", "bits/byte"), size_rows(r)),
+    "million": lambda r: table(
+        ("optimizer", "best", "trials on seed 0", *[f"seed {i}" for i in SEEDS], "bits/byte"), million_rows(r)
+    ),
+    "growth": lambda r: table(ARM, arm_rows(r, growth_arms(r))),
+    "starts": lambda r: table(ARM, arm_rows(r, growth.start_arms(r.ask) | growth.more_start_arms(r.ask))),
+    "best": lambda r: table(
+        ("run", *AT[1:], *[f"seed {i}" for i in growth.MORE_SEEDS], "saved, seeds 0 to 2"), best_rows(r)
+    ),
+    "sizes": lambda r: table(
+        ("layers x width", "parameters", "steps", "lr", "from scratch", f"grown from {growth.SMALL}"),
+        size_curve_rows(r),
+    ),
+    "both": lambda r: table(("run", *AT, "saved"), both_rows(r)),
+    "restarts": lambda r: table(("run", "lr", "bits/byte", "apart from the first"), restart_rows(r)),
+    "when": lambda r: table(
+        ("grown at step", "of all FLOPs", "small, when it is grown", "its fall per doubling, %", "bits/byte"),
+        when_rows(r),
+    ),
+    "rule": lambda r: table(("growth", "grown", "at steps", "of all FLOPs", "bits/byte"), rule_rows(r)),
+    "vit": lambda r: table(("run", "lr", "bits/label", "error, %"), vit_rows(r)),
+}
