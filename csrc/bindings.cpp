@@ -116,20 +116,21 @@ std::vector<int64_t> mix_offsets(int64_t layers_in, int64_t layers_out, int64_t 
   return offsets;
 }
 
-py::dict mix_backward_plan_of(int64_t layers_in, int64_t layers_out, int64_t elements) {
+py::dict mix_backward_plan_of(int64_t layers_in, int64_t layers_out, int64_t elements, int64_t size) {
   check(layers_in >= 0 && layers_in <= kMixMaxLayersBackward && layers_out >= 0 && layers_out <= kMixMaxLayersBackward,
         "mix_backward_plan: layers must be 0 to 64");
   check(elements >= 0, "mix_backward_plan: elements must not be negative");
-  const MixBackwardPlan p = mix_backward_plan(layers_in, layers_out, elements);
+  check(size == 2 || size == 4, "mix_backward_plan: elements must have 2 or 4 bytes");
+  const MixBackwardPlan p = mix_backward_plan(layers_in, layers_out, elements, size);
   py::dict plan;
-  plan["grid"] = p.blocks;
-  plan["block"] = kThreads;
+  plan["grid"] = p.blocks * p.sets;
+  plan["block"] = p.threads;
   plan["shared_bytes"] = p.shared_bytes;
   plan["workspace"] = 4 * p.workspace;
-  plan["columns"] = p.columns;
+  plan["columns"] = kBackwardColumns;
   plan["tiles"] = p.tiles;
-  plan["pieces"] = p.micro_tiles;
-  plan["lanes"] = p.lanes;
+  plan["sets"] = p.sets;
+  plan["layers"] = std::vector<int64_t>{kMicro * p.groups, p.chunk * p.chunks};  // of a block
   return plan;
 }
 
@@ -216,8 +217,8 @@ PYBIND11_MODULE(_C, m) {
         "Launch of one stack of float32 matrices: path, grid, block, shared memory in bytes, layers in registers.");
   m.def("mix_offsets", &mix_offsets, layers_in, layers_out, rows, columns, x_strides, y_strides,
         py::arg("misaligned") = 0, py::arg("block"), "Offsets in a target of all that one block of mix_plan writes.");
-  m.def("mix_backward_plan", &mix_backward_plan_of, layers_in, layers_out, py::arg("elements"),
-        "Launch of the mix's backward; workspace in bytes.");
+  m.def("mix_backward_plan", &mix_backward_plan_of, layers_in, layers_out, py::arg("elements"), py::arg("size"),
+        "Launch of the mix's backward for elements of `size` bytes; workspace in bytes.");
   m.def("gather_plan", &gather_plan_of, py::arg("layers"), rows, columns, py::arg("element"), py::arg("whole"),
         "Launch of the gather for elements of so many bytes; whole: rows that are runs of 16-byte units.");
   m.def("split_plan", &split_plan_of, py::arg("n"), py::arg("k"), py::arg("m"), py::arg("runs"),

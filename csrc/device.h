@@ -33,6 +33,17 @@ struct Storage<kFloat16> {
   static __device__ __forceinline__ __half narrow(float v) { return __float2half_rn(v); }
 };
 
+template <int32_t type>
+__device__ __forceinline__ void widen(typename Storage<type>::Four four, float (&v)[4]) {
+  union {
+    typename Storage<type>::Four four;
+    typename Storage<type>::One one[4];
+  } pack;
+  pack.four = four;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) v[i] = Storage<type>::wide(pack.one[i]);
+}
+
 template <int32_t type, int width>
 __device__ __forceinline__ void load(const void* base, int64_t offset, float (&v)[width]) {
   using One = typename Storage<type>::One;
@@ -40,13 +51,7 @@ __device__ __forceinline__ void load(const void* base, int64_t offset, float (&v
   if constexpr (width == 1) {
     v[0] = Storage<type>::wide(__ldcs(p));
   } else {
-    union {
-      typename Storage<type>::Four four;
-      One one[4];
-    } pack;
-    pack.four = __ldcs(reinterpret_cast<const typename Storage<type>::Four*>(p));
-#pragma unroll
-    for (int i = 0; i < 4; ++i) v[i] = Storage<type>::wide(pack.one[i]);
+    widen<type>(__ldcs(reinterpret_cast<const typename Storage<type>::Four*>(p)), v);
   }
 }
 

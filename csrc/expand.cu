@@ -182,53 +182,55 @@ void kron_mix_(std::vector<Tensor> out, std::vector<Tensor> X, std::vector<Tenso
   start();
 }
 
-Stack stack_of(const char* name, const Tensor& tensor, const Tensor& like) {
+void check_stack(const char* name, const Tensor& tensor, int64_t layers, const Tensor& G) {
   constexpr const char* op = "kron_mix_backward_";
-  check_place(op, name, tensor, like);
-  check_shape(op, name, tensor, {tensor.dim() ? tensor.size(0) : 0, like.size(1), like.size(2)});
+  check_place(op, name, tensor, G);
+  check_shape(op, name, tensor, {layers, G.size(1), G.size(2)});
   STD_TORCH_CHECK(tensor.is_contiguous(), op, ": ", name, " must be contiguous");
-  STD_TORCH_CHECK(tensor.scalar_type() == like.scalar_type(), op, ": ", name, " must have the dtype of G");
-  return {tensor.const_data_ptr(), tensor.stride(0), tensor.stride(1)};
+  STD_TORCH_CHECK(tensor.scalar_type() == G.scalar_type(), op, ": ", name, " must have the dtype of G");
 }
 
 void kron_mix_backward_(std::optional<Tensor> mixed, std::optional<Tensor> dw, Tensor G, Tensor U, Tensor w) {
   constexpr const char* op = "kron_mix_backward_";
   STD_TORCH_CHECK(G.dim() == 3, op, ": G must be [L2, rows, columns], got ", G.dim(), " dimensions");
-  const int64_t layers_out = G.size(0), layers_in = w.dim() == 2 ? w.size(1) : 0, rows = G.size(1), columns = G.size(2);
-  const Type type = check_type(op, "G", G);
+  const int64_t layers_out = G.size(0), layers_in = w.dim() == 2 ? w.size(1) : 0;
+  MixBackward task{};
+  task.type = check_type(op, "G", G);
   check_depth(op, w, layers_out, layers_in, G);
   STD_TORCH_CHECK(layers_in <= kMixMaxLayersBackward && layers_out <= kMixMaxLayersBackward, op, ": at most ",
                   kMixMaxLayersBackward, " layers, got ", layers_in, " and ", layers_out);
-  const Stack G_stack = stack_of("G", G, G), U_stack = stack_of("U", U, G);
-  check_shape(op, "U", U, {layers_in, rows, columns});
-  Stack mixed_stack{};
-  if (mixed) {
-    mixed_stack = stack_of("mixed", *mixed, G);
-    check_shape(op, "mixed", *mixed, {layers_in, rows, columns});
-  }
+  check_stack("G", G, layers_out, G);
+  check_stack("U", U, layers_in, G);
+  if (mixed) check_stack("mixed", *mixed, layers_in, G);
   if (dw) {
     check_place(op, "dw", *dw, G);
     check_shape(op, "dw", *dw, {layers_out, layers_in});
     STD_TORCH_CHECK(dw->scalar_type() == ScalarType::Float && dw->is_contiguous(), op,
                     ": dw must be contiguous float32");
   }
-  if (w.numel() == 0 || rows * columns == 0 || (!mixed && !dw)) {  // sums over nothing
+  task.layers_in = layers_in;
+  task.layers_out = layers_out;
+  task.elements = G.size(1) * G.size(2);
+  if (w.numel() == 0 || task.elements == 0 || (!mixed && !dw)) {  // sums over nothing
     if (mixed && mixed->numel()) torch::stable::zero_(*mixed);
     if (dw && dw->numel()) torch::stable::zero_(*dw);
     return;
   }
   const Launcher launcher(op, G);
-  const MixBackwardPlan plan = mix_backward_plan(layers_in, layers_out, rows * columns);
-  float* partials = nullptr;
+  task.G = G.const_data_ptr();
+  task.U = U.const_data_ptr();
+  task.w = static_cast<const float*>(w.const_data_ptr());
+  task.w_row = w.stride(0);
+  if (mixed) task.mixed = mixed->mutable_data_ptr();
   std::optional<Tensor> workspace;
   if (dw) {
-    const std::array<int64_t, 1> size{plan.workspace};
+    const std::array<int64_t, 1> size{
+        mix_backward_plan(layers_in, layers_out, task.elements, type_size(task.type)).workspace};
     workspace = torch::stable::new_empty(G, size, ScalarType::Float);
-    partials = static_cast<float*>(workspace->mutable_data_ptr());
+    task.dw = static_cast<float*>(dw->mutable_data_ptr());
+    task.partials = static_cast<float*>(workspace->mutable_data_ptr());
   }
-  launch_mix_backward(layers_in, layers_out, rows, columns, type, G_stack, U_stack, mixed_stack,
-                      static_cast<const float*>(w.const_data_ptr()), w.stride(0),
-                      dw ? static_cast<float*>(dw->mutable_data_ptr()) : nullptr, partials, launcher.stream());
+  launch_mix_backward(task, launcher.stream());
   launcher.done();
 }
 

@@ -9,16 +9,19 @@ namespace growkit {
 
 void launch_mix(const MixLaunch& launch, cudaStream_t stream);
 
-struct Stack {  // [layers, rows, columns], columns adjacent
-  const void* data;
-  int64_t layer, row;  // strides in elements
+struct MixBackward {
+  int layers_in, layers_out;
+  int64_t elements;  // of a layer; the stacks are contiguous
+  Type type;         // of G, U and mixed
+  const void *G, *U;
+  const float* w;
+  int64_t w_row;
+  void* mixed;      // null: not wanted
+  float* dw;        // null: not wanted, nor
+  float* partials;  // mix_backward_plan(...).workspace floats
 };
 
-// mixed and dw may be null; columns: rows of one run are columns * 1. partials: mix_backward_plan(...).workspace
-// floats.
-void launch_mix_backward(int64_t layers_in, int64_t layers_out, int64_t rows, int64_t columns, Type type, Stack G,
-                         Stack U, Stack mixed, const float* w, int64_t w_row, float* dw, float* partials,
-                         cudaStream_t stream);
+void launch_mix_backward(const MixBackward& task, cudaStream_t stream);
 
 struct Gather {
   const void* x;

@@ -199,43 +199,49 @@ GROWKIT_HD Place mix_tile_place(const MixJob& job, int64_t block, int thread, in
 
 // --- backward of the mix: Gm[l1] = sum_l2 w[l2, l1] G[l2] and dw[l2, l1] = <G[l2], U[l1]> in one pass over both
 
-constexpr int kMixMaxLayersBackward = 64;  // 4 x 4 results of dw per thread: 16 x 16 threads
-constexpr int kMicro = 4;
+constexpr int kWarp = 32;
+constexpr int kMixMaxLayersBackward = 64;
+constexpr int kMicro = 4;                          // layers of U for which a thread sums Gm and dw
+constexpr int kChunk = 24;                         // layers of G, at most, for dw: 24 * 4 sums in registers
+constexpr int kBackwardColumns = kWarp * kVector;  // of a tile: four for each lane of a warp
+constexpr int kBackwardWarps = 12;                 // of a block, at most: 168 registers a thread
 constexpr int64_t kPartials = 1056;  // 8 blocks for each of the 132 multiprocessors of H100 and H200; fixed, so that
                                      // the sums do not depend on the device
 
+GROWKIT_HD int64_t padded_layers(int64_t layers) { return ceil_div(layers, kMicro) * kMicro; }
+
+// A block has a warp for each group of kMicro layers of U and each chunk of G's layers. All of them read its tile, of
+// which shared memory holds two: the next one is on its way while one is used.
 struct MixBackwardPlan {
-  int64_t columns;  // of a tile: 64 or 128
-  int64_t pitch;    // floats from one layer of a tile to the next
+  int64_t sets;    // of groups: each set has blocks of its own, which read all of G
+  int64_t groups;  // to a set
+  int64_t chunks;
+  int64_t chunk;  // layers of G to a chunk, a multiple of kMicro
   int64_t tiles;
-  int64_t blocks;       // block b takes tiles b, b + blocks, ...
-  int64_t micro_tiles;  // 4 x 4 pieces of dw
-  int64_t lanes;        // threads that share a piece, each with every lanes-th column
+  int64_t blocks;  // of a set; block b takes tiles b, b + blocks, ...
+  int64_t threads;
   int64_t shared_bytes;
   int64_t workspace;  // floats: dw of each block
 };
 
-GROWKIT_HD int64_t padded_layers(int64_t layers) { return ceil_div(layers, kMicro) * kMicro; }
-
-inline MixBackwardPlan mix_backward_plan(int64_t layers_in, int64_t layers_out, int64_t elements) {
+inline MixBackwardPlan mix_backward_plan(int64_t layers_in, int64_t layers_out, int64_t elements, int64_t size) {
   MixBackwardPlan plan;
-  const int64_t rows = padded_layers(layers_in) + padded_layers(layers_out);
-  plan.columns = rows <= 80 ? 128 : 64;
-  plan.pitch = plan.columns + (rows <= 80 ? 4 : 0);  // neighbouring pieces in different banks, where there is room
-  plan.tiles = ceil_div(elements, plan.columns);
+  plan.chunks = ceil_div(layers_out, kChunk);
+  plan.chunk = plan.chunks ? padded_layers(ceil_div(layers_out, plan.chunks)) : 0;
+  const int64_t groups = ceil_div(layers_in, kMicro);
+  plan.sets = plan.chunks ? ceil_div(groups, kBackwardWarps / plan.chunks) : 0;
+  plan.groups = plan.sets ? ceil_div(groups, plan.sets) : 0;
+  plan.tiles = ceil_div(elements, kBackwardColumns);
   plan.blocks = plan.tiles < kPartials ? plan.tiles : kPartials;
-  plan.micro_tiles = padded_layers(layers_in) / kMicro * (padded_layers(layers_out) / kMicro);
-  plan.lanes = plan.micro_tiles ? kThreads / plan.micro_tiles : 0;
-  const int64_t tile = rows * plan.pitch + padded_layers(layers_in) * layers_out;
-  const int64_t sums = plan.micro_tiles * plan.lanes * kMicro * kMicro;  // takes the place of the tiles at the end
-  plan.shared_bytes = 4 * (tile > sums ? tile : sums);
+  plan.threads = kWarp * plan.groups * plan.chunks;
+  const int64_t in = kMicro * plan.groups, out = padded_layers(layers_out);
+  plan.shared_bytes = 4 * out * in + 2 * (out + in) * kBackwardColumns * size;  // w and two tiles
   plan.workspace = plan.blocks * layers_in * layers_out;
   return plan;
 }
 
 // --- gather: y[l, r, c] = x[layers[l], rows[r], columns[c]], one unit of memory at a time
 
-constexpr int kWarp = 32;
 constexpr int kGatherColumns = 4;  // of a thread, which finds their places in x once, for
 constexpr int kGatherRows = 16;    // this many rows of a layer,
 constexpr int kGatherFlight = 4;   // so many at a time

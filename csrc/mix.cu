@@ -1,4 +1,6 @@
 // Depth mix + assemble, and its backward. Sums are in float32 and in a fixed order.
+#include <cuda_pipeline.h>
+
 #include "device.h"
 #include "kernels.h"
 
@@ -214,130 +216,191 @@ __global__ void __launch_bounds__(kThreads, 1) mix_kernel(const __grid_constant_
   }
 }
 
-// One tile of a stack into shared memory: this thread's column of every groups-th layer. Padding is zero.
+// Copies a warp's lines of a tile, every `warps`th layer of a stack, to shared memory: neighbours of aligned stacks by
+// copies that go on after this returns, others one by one, with zeros beyond the last element.
 template <int32_t type>
-__device__ __forceinline__ void load_tile(const Stack& stack, int64_t offset, bool inside, int layers, int padded,
-                                          int group, int groups, int pitch, float* tile) {
+__device__ __forceinline__ void fetch(const void* stack, int layers, int64_t elements, int64_t column, bool aligned,
+                                      int warp, int warps, typename Storage<type>::One* tile) {
+  using One = typename Storage<type>::One;
+  const int64_t next = warps * elements;
+  const One* from = static_cast<const One*>(stack) + warp * elements + column;
+  One* to = tile + warp * kBackwardColumns + threadIdx.x % kWarp * kVector;
+  if (aligned && column < elements) {
 #pragma unroll 4
-  for (int l = group; l < padded; l += groups) {
-    float v[1] = {0.0f};
-    if (inside && l < layers) load<type, 1>(stack.data, offset + l * stack.layer, v);
-    tile[l * pitch] = v[0];
+    for (int l = warp; l < layers; l += warps) {
+      __pipeline_memcpy_async(to, from, kVector * sizeof(One));
+      from += next;
+      to += warps * kBackwardColumns;
+    }
+  } else {
+#pragma unroll 1
+    for (int l = warp; l < layers; l += warps) {
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) to[i] = column + i < elements ? from[i] : Storage<type>::narrow(0.0f);
+      from += next;
+      to += warps * kBackwardColumns;
+    }
   }
 }
 
-struct MixBackward {
-  int layers_in, layers_out;
-  int64_t columns, elements;
-  Stack G, U, mixed;
-  const float* w;
-  int64_t w_row;
-  float* partials;
-};
+// The four columns of this thread in a layer of a tile.
+template <int32_t type>
+__device__ __forceinline__ void read(const typename Storage<type>::One* layer, float (&v)[kVector]) {
+  widen<type>(reinterpret_cast<const typename Storage<type>::Four*>(layer)[threadIdx.x % kWarp], v);
+}
 
-// Each block sums dw over its tiles in registers and writes it to its own slot; a second kernel adds the slots.
-template <int32_t type, int half>  // half: of the small layers, rounded up, as two threads share a column
-__global__ void __launch_bounds__(kThreads, 2) mix_backward_kernel(const MixBackward task, const MixBackwardPlan plan) {
-  const auto [layers_in, layers_out, columns, elements, G, U, mixed, w, w_row, partials] = task;
+// What an even number of layers of G add to dw and, in their order, to m. w: of each of them, for kMicro layers of U.
+template <int32_t type, bool sums, bool mixes>
+__device__ __forceinline__ void use_layers(const typename Storage<type>::One* G, int layers, const float4* w,
+                                           const float (&u)[kMicro][kVector], float (&m)[kMicro][kVector],
+                                           float (&dw)[kChunk * kMicro]) {
+#pragma unroll
+  for (int l = 0; l < kChunk; ++l) {
+    if (l % 2 == 0 && l >= layers) break;  // in twos, so that not more of them are loaded ahead than registers hold
+    float g[kVector];
+    read<type>(G + l * kBackwardColumns, g);
+    if constexpr (sums) {
+#pragma unroll
+      for (int j = 0; j < kMicro; ++j) {
+#pragma unroll
+        for (int c = 0; c < kVector; ++c) dw[l * kMicro + j] = fmaf(g[c], u[j][c], dw[l * kMicro + j]);
+      }
+    }
+    if constexpr (mixes) {
+      const float4 four = w[l];
+#pragma unroll
+      for (int c = 0; c < kVector; ++c) {
+        m[0][c] = fmaf(four.x, g[c], m[0][c]);
+        m[1][c] = fmaf(four.y, g[c], m[1][c]);
+        m[2][c] = fmaf(four.z, g[c], m[2][c]);
+        m[3][c] = fmaf(four.w, g[c], m[3][c]);
+      }
+    }
+  }
+}
+
+// Adds up `count` sums over a warp. Each lane ends with count / 32 of them, in the order of the lanes: those `bit` apart
+// add theirs up, each for one half, and so on with that half.
+template <int bit, int count>
+__device__ __forceinline__ void add_lanes(float (&sums)[count], int lane) {
+  constexpr int half = count / kWarp * bit;
+  const bool upper = lane & bit;
+#pragma unroll
+  for (int i = 0; i < half; ++i) {
+    const float low = sums[i], high = sums[half + i];
+    sums[i] = (upper ? high : low) + __shfl_xor_sync(0xffffffff, upper ? low : high, bit);
+  }
+  if constexpr (bit > 1) add_lanes<bit / 2>(sums, lane);
+}
+
+// Each thread sums dw for its four columns of the block's tiles; its warp adds those up and writes them to the block's
+// slot, and a second kernel adds the slots.
+template <int32_t type>
+__global__ void __launch_bounds__(kBackwardWarps * kWarp)
+    mix_backward_kernel(const MixBackward task, const MixBackwardPlan plan, const bool aligned) {
+  using One = typename Storage<type>::One;
   extern __shared__ float4 shared[];
-  const int width = plan.columns, pitch = plan.pitch, in = padded_layers(layers_in), out = padded_layers(layers_out);
-  float* g = reinterpret_cast<float*>(shared);
-  float* u = g + out * pitch;
-  float* w_shared = u + in * pitch;  // [layers_out][in], zero-padded
-  for (int i = threadIdx.x; mixed.data && i < layers_out * in; i += kThreads) {
-    const int l2 = i / in, l1 = i % in;
-    w_shared[i] = l1 < layers_in ? w[l2 * w_row + l1] : 0.0f;
+  const int layers_in = task.layers_in, layers_out = task.layers_out, out = padded_layers(layers_out);
+  const int groups = plan.groups, chunk = plan.chunk, in = kMicro * groups, threads = plan.threads;
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const int first_in = blockIdx.x % static_cast<int>(plan.sets) * in, set_layers = min(in, layers_in - first_in);
+  const int64_t elements = task.elements;
+  const int block = blockIdx.x / static_cast<int>(plan.sets), blocks = plan.blocks;
+  const int count = plan.tiles;  // fits: so many tiles are terabytes
+  const int group = warp % groups * kMicro, own = warp / groups * chunk;  // this warp's first layers
+  float* w = reinterpret_cast<float*>(shared);                           // [groups][out][kMicro]
+  One* tiles = reinterpret_cast<One*>(w + out * in);                     // [2][out + in][kBackwardColumns]
+  const int tile_size = (out + in) * kBackwardColumns;
+  for (int i = threadIdx.x; i < out * in; i += threads) {
+    const int l2 = i / kMicro % out, l1 = i / kMicro / out * kMicro + i % kMicro;
+    w[i] = l2 < layers_out && l1 < set_layers ? task.w[l2 * task.w_row + first_in + l1] : 0.0f;
   }
-  const int lanes = plan.lanes, piece = threadIdx.x / lanes, lane = threadIdx.x % lanes;
-  const int per_row = in / kMicro;
-  const bool sums = partials && piece < plan.micro_tiles;
-  const float* g_piece = g + piece / per_row * kMicro * pitch;
-  const float* u_piece = u + piece % per_row * kMicro * pitch;
-  const int n = threadIdx.x % width, group = threadIdx.x / width, groups = kThreads / width;
-  float dw[kMicro][kMicro] = {};
+  for (int i = threadIdx.x; i < 2 * tile_size; i += threads) tiles[i] = Storage<type>::narrow(0.0f);  // the padding
+  __syncthreads();
 
-  for (int64_t tile = blockIdx.x; tile < plan.tiles; tile += plan.blocks) {
-    const int64_t element = tile * width + n;
-    const bool inside = element < elements;
-    int64_t row, column;
-    divide(element, columns, row, column);
-    __syncthreads();  // the tile before has been used up
-    load_tile<type>(G, row * G.row + column, inside, layers_out, out, group, groups, pitch, g + n);
-    if (partials) load_tile<type>(U, row * U.row + column, inside, layers_in, in, group, groups, pitch, u + n);
-    __syncthreads();
-    if (sums) {
-      for (int k = lane; k < width; k += lanes) {
-        float a[kMicro], b[kMicro];
+  const auto start = [&](int tile, One* to) {
+    const int64_t column = int64_t{tile} * kBackwardColumns + lane * kVector;
+    fetch<type>(task.G, layers_out, elements, column, aligned, warp, threads / kWarp, to);
+    const One* U = static_cast<const One*>(task.U) + first_in * elements;
+    if (task.dw) {
+      fetch<type>(U, set_layers, elements, column, aligned, warp, threads / kWarp, to + out * kBackwardColumns);
+    }
+    __pipeline_commit();
+  };
+
+  float dw[kChunk * kMicro] = {};
+  int now = 0, turn = 0;
+  start(block, tiles);
+  for (int tile = block; tile < count; tile += blocks) {
+    __pipeline_wait_prior(0);
+    __syncthreads();  // all copies are there, and the tile before has been used up
+    if (tile + blocks < count) start(tile + blocks, tiles + tile_size - now);
+    const One* g_tile = tiles + now;
+    const bool mixes = task.mixed && turn == own;  // chunks take turns: a thread sums over all of G's layers
+    float u[kMicro][kVector], m[kMicro][kVector] = {};
 #pragma unroll
-        for (int i = 0; i < kMicro; ++i) {
-          a[i] = g_piece[i * pitch + k];
-          b[i] = u_piece[i * pitch + k];
-        }
+    for (int j = 0; j < kMicro; ++j) read<type>(g_tile + (out + group + j) * kBackwardColumns, u[j]);
+    for (int first = 0; first < out; first += chunk) {
+      const One* layers = g_tile + first * kBackwardColumns;
+      const float4* four = shared + warp % groups * out + first;
+      const bool sums = task.dw && first == own;
+      const int some = min(chunk, out - first);
+      if (sums && mixes) {
+        use_layers<type, true, true>(layers, some, four, u, m, dw);
+      } else if (sums) {
+        use_layers<type, true, false>(layers, some, four, u, m, dw);
+      } else if (mixes) {
+        use_layers<type, false, true>(layers, some, four, u, m, dw);
+      }
+    }
+    if (mixes) {
+      int layer = first_in + group;
+      asm volatile("" : "+r"(layer));  // else what follows from it takes registers all the time, which are short
+      const int64_t column = int64_t{tile} * kBackwardColumns + lane * kVector;
 #pragma unroll
-        for (int i = 0; i < kMicro; ++i) {
+      for (int j = 0; j < kMicro; ++j) {
+        const int64_t to = (layer + j) * elements + column;
+        if (group + j >= set_layers) break;
+        if (aligned) {
+          if (column < elements) store<type>(task.mixed, to, m[j]);
+        } else {
 #pragma unroll
-          for (int j = 0; j < kMicro; ++j) dw[i][j] = fmaf(a[i], b[j], dw[i][j]);
+          for (int c = 0; c < kVector; ++c) {
+            const float v[1] = {m[j][c]};
+            if (column + c < elements) store<type>(task.mixed, to + c, v);
+          }
         }
       }
     }
-    if (mixed.data) {
-      for (int l1 = group * half; l1 < in; l1 += groups * half) {
-        float m[half] = {};
-        for (int l2 = 0; l2 < layers_out; ++l2) {
-          const float v = g[l2 * pitch + n];
-#pragma unroll
-          for (int i = 0; i < half; i += kMicro) {
-            if (l1 + i < in) {
-              const float4 four = *reinterpret_cast<const float4*>(w_shared + l2 * in + l1 + i);
-              m[i] = fmaf(four.x, v, m[i]);
-              m[i + 1] = fmaf(four.y, v, m[i + 1]);
-              m[i + 2] = fmaf(four.z, v, m[i + 2]);
-              m[i + 3] = fmaf(four.w, v, m[i + 3]);
-            }
-          }
-        }
-#pragma unroll
-        for (int i = 0; i < half; ++i) {
-          const float v[1] = {m[i]};
-          if (inside && l1 + i < layers_in) {
-            store<type, 1>(const_cast<void*>(mixed.data), (l1 + i) * mixed.layer + row * mixed.row + column, v);
-          }
-        }
-      }
-    }
+    now = tile_size - now;
+    turn = turn + chunk < out ? turn + chunk : 0;
   }
 
-  if (!partials) return;
-  __syncthreads();
-  float* parts = g;  // [pieces][16][lanes]
-  if (sums) {
+  if (!task.dw) return;
+  add_lanes<kWarp / 2>(dw, lane);
 #pragma unroll
-    for (int i = 0; i < kMicro * kMicro; ++i) {
-      parts[(piece * kMicro * kMicro + i) * lanes + lane] = dw[i / kMicro][i % kMicro];
+  for (int i = 0; i < kChunk * kMicro / kWarp; ++i) {
+    const int at = lane * (kChunk * kMicro / kWarp) + i, l2 = at / kMicro, l1 = group + at % kMicro;
+    if (l2 < chunk && own + l2 < layers_out && l1 < set_layers) {
+      task.partials[(int64_t{block} * layers_out + own + l2) * layers_in + first_in + l1] = dw[i];
     }
-  }
-  __syncthreads();
-  for (int i = threadIdx.x; i < layers_in * layers_out; i += kThreads) {
-    const int l2 = i / layers_in, l1 = i % layers_in;
-    const int at = (l2 / kMicro * per_row + l1 / kMicro) * kMicro * kMicro + l2 % kMicro * kMicro + l1 % kMicro;
-    float sum = 0.0f;
-    for (int k = 0; k < lanes; ++k) sum += parts[at * lanes + k];
-    partials[static_cast<int64_t>(blockIdx.x) * layers_in * layers_out + i] = sum;
   }
 }
 
-// dw[i] = sum over blocks of partials[block][i]: a warp's lanes take neighbouring i, its warps every eighth block.
-__global__ void __launch_bounds__(kThreads)
+// dw[i] = sum over blocks of partials[block][i]: a warp's lanes take neighbouring i, its warps every 32nd block.
+__global__ void __launch_bounds__(kWarp* kWarp)
     sum_partials_kernel(const float* partials, int64_t blocks, int count, float* dw) {
-  __shared__ float sums[kThreads / 32][32];
-  const int i = blockIdx.x * 32 + threadIdx.x % 32, warp = threadIdx.x / 32;
+  __shared__ float sums[kWarp][kWarp];
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, i = blockIdx.x * kWarp + lane;
   float sum = 0.0f;
-  for (int64_t block = warp; i < count && block < blocks; block += kThreads / 32) sum += partials[block * count + i];
-  sums[warp][threadIdx.x % 32] = sum;
+#pragma unroll 8
+  for (int64_t block = warp; i < count && block < blocks; block += kWarp) sum += partials[block * count + i];
+  sums[warp][lane] = sum;
   __syncthreads();
   if (warp != 0 || i >= count) return;
   sum = 0.0f;
-  for (int k = 0; k < kThreads / 32; ++k) sum += sums[k][threadIdx.x];
+#pragma unroll
+  for (int k = 0; k < kWarp; ++k) sum += sums[k][lane];
   dw[i] = sum;
 }
 
@@ -353,25 +416,22 @@ void launch_mix(const MixLaunch& launch, cudaStream_t stream) {
   kernel<<<launch.blocks, kThreads, mix_shared_bytes(instance, launch.layers_out), stream>>>(launch);
 }
 
-void launch_mix_backward(int64_t layers_in, int64_t layers_out, int64_t rows, int64_t columns, Type type, Stack G,
-                         Stack U, Stack mixed, const float* w, int64_t w_row, float* dw, float* partials,
-                         cudaStream_t stream) {
-  const int in = layers_in, out = layers_out;
-  const int64_t elements = rows * columns, half = ceil_div(layers_in, 2);
-  const MixBackwardPlan plan = mix_backward_plan(layers_in, layers_out, elements);
-  const MixBackward task{in, out, columns, elements, G, U, mixed, w, w_row, partials};
-  const auto start = [&](auto* kernel) { kernel<<<plan.blocks, kThreads, plan.shared_bytes, stream>>>(task, plan); };
-  const auto start_as = [&](auto* of_8, auto* of_16, auto* of_32) {
-    start(half <= 8 ? of_8 : half <= 16 ? of_16 : of_32);
-  };
-  if (type == kFloat32) {
-    start_as(mix_backward_kernel<kFloat32, 8>, mix_backward_kernel<kFloat32, 16>, mix_backward_kernel<kFloat32, 32>);
-  } else if (type == kBFloat16) {
-    start_as(mix_backward_kernel<kBFloat16, 8>, mix_backward_kernel<kBFloat16, 16>, mix_backward_kernel<kBFloat16, 32>);
-  } else {
-    start_as(mix_backward_kernel<kFloat16, 8>, mix_backward_kernel<kFloat16, 16>, mix_backward_kernel<kFloat16, 32>);
+void launch_mix_backward(const MixBackward& task, cudaStream_t stream) {
+  const int64_t size = type_size(task.type), count = int64_t{task.layers_in} * task.layers_out;
+  const MixBackwardPlan plan = mix_backward_plan(task.layers_in, task.layers_out, task.elements, size);
+  const bool whole = task.elements % kVector == 0 && aligned(task.G, kVector * size) &&
+                     aligned(task.U, kVector * size) && aligned(task.mixed, kVector * size);
+  auto* kernel = task.type == kFloat32    ? mix_backward_kernel<kFloat32>
+                 : task.type == kBFloat16 ? mix_backward_kernel<kBFloat16>
+                                          : mix_backward_kernel<kFloat16>;
+  // Global memory is read once, so the first-level cache may all be shared memory. What is refused shows at the launch.
+  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes);
+  cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+  kernel<<<plan.blocks * plan.sets, plan.threads, plan.shared_bytes, stream>>>(task, plan, whole);
+  if (task.dw) {
+    const int64_t blocks = ceil_div(count, kWarp);
+    sum_partials_kernel<<<blocks, kWarp * kWarp, 0, stream>>>(task.partials, plan.blocks, count, task.dw);
   }
-  if (dw) sum_partials_kernel<<<ceil_div(in * out, 32), kThreads, 0, stream>>>(partials, plan.blocks, in * out, dw);
 }
 
 }  // namespace growkit

@@ -138,20 +138,21 @@ static void split_case(int64_t n, int64_t k, int64_t m, bool runs) {
   each_once(writes, "split", n, k, m);
 }
 
-static void backward_case(int64_t layers_in, int64_t layers_out, int64_t elements) {
-  const MixBackwardPlan plan = mix_backward_plan(layers_in, layers_out, elements);
-  EXPECT(plan.shared_bytes <= 48 * 1024, "shared memory %ld for %ld -> %ld", plan.shared_bytes, layers_in, layers_out);
-  EXPECT(kThreads % plan.columns == 0 && plan.pitch >= plan.columns, "threads take whole columns");
-  EXPECT(plan.blocks <= kPartials && plan.tiles * plan.columns >= elements, "tiles cover all elements");
-  EXPECT(plan.micro_tiles * plan.lanes <= kThreads && plan.lanes >= 1, "%ld pieces, %ld lanes", plan.micro_tiles,
-         plan.lanes);
+static void backward_case(int64_t layers_in, int64_t layers_out, int64_t elements, int64_t size) {
+  const MixBackwardPlan plan = mix_backward_plan(layers_in, layers_out, elements, size);
+  EXPECT(plan.shared_bytes <= 99 * 1024, "shared memory %ld for %ld -> %ld", plan.shared_bytes, layers_in, layers_out);
+  EXPECT(plan.threads <= kBackwardWarps * kWarp && plan.chunk <= kChunk && plan.chunk % kMicro == 0, "%ld threads",
+         plan.threads);
+  EXPECT(plan.blocks <= kPartials && plan.tiles * kBackwardColumns >= elements, "tiles cover all elements");
   EXPECT(plan.workspace == plan.blocks * layers_in * layers_out, "a slot per block");
   std::vector<int> dw(layers_in * layers_out, 0), tiles(plan.tiles, 0);
-  const int64_t per_row = padded_layers(layers_in) / kMicro;
-  for (int64_t piece = 0; piece < plan.micro_tiles; ++piece) {
-    for (int i = 0; i < kMicro * kMicro; ++i) {
-      const int64_t l2 = piece / per_row * kMicro + i / kMicro, l1 = piece % per_row * kMicro + i % kMicro;
-      if (l2 < layers_out && l1 < layers_in) ++dw[l2 * layers_in + l1];
+  for (int64_t set = 0; set < plan.sets; ++set) {
+    for (int64_t warp = 0; warp < plan.groups * plan.chunks; ++warp) {
+      for (int64_t i = 0; i < plan.chunk * kMicro; ++i) {
+        const int64_t l2 = warp / plan.groups * plan.chunk + i / kMicro;
+        const int64_t l1 = (set * plan.groups + warp % plan.groups) * kMicro + i % kMicro;
+        if (l2 < layers_out && l1 < layers_in) ++dw[l2 * layers_in + l1];
+      }
     }
   }
   each_once(dw, "dw", layers_out, layers_in, elements);
@@ -180,9 +181,9 @@ int main() {
   }
   mix_launches();
   for (int64_t in = 1; in <= kMixMaxLayersBackward; ++in) {
-    for (int64_t out = 1; out <= kMixMaxLayersBackward; ++out) backward_case(in, out, in * 1000 + out);
+    for (int64_t out = 1; out <= kMixMaxLayersBackward; ++out) backward_case(in, out, in * 1000 + out, 4);
   }
-  backward_case(12, 24, int64_t{50257} * 1024);
+  backward_case(12, 24, int64_t{50257} * 1024, 2);
 
   // Beyond 2^31 elements.
   int64_t quotient, remainder;

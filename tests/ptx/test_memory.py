@@ -17,6 +17,7 @@ SHARED = """
     mad.lo.s32 %r7, %r7, 4, %r5;  // of the other warp
 """
 WARPS = {"threads": 64, "shared": 256}
+COPY = "cp.async.ca.shared.global [%s], [%%rd3], 4;"
 FAULTS = {
     "4-byte store to .* is out of bounds": ("add.s64 %rd3, %rd3, 4;" + STORE, {}),
     "4-byte load from .* is out of bounds": ("ld.global.b32 %r4, [%rd3+4];", {}),
@@ -34,6 +35,15 @@ FAULTS = {
     "misaligned 16-byte access to shared memory at 8": (
         "mov.b32 %r5, global_smem; ld.shared.v4.b32 {%r6, %r7, %r8, %r9}, [%r5+8];",
         {"shared": 256},
+    ),
+    "race in shared memory: copy": (SHARED + "st.shared.b32 [%r6], %r1;" + COPY % "%r7", WARPS),
+    "shared memory at byte 0 is read before it is written": (
+        SHARED + COPY % "%r6" + "cp.async.commit_group; cp.async.wait_group 1; ld.shared.b32 %r4, [%r6];",
+        {"shared": 256},
+    ),
+    "race in shared memory: load of byte 128": (
+        SHARED + COPY % "%r6" + "cp.async.commit_group; cp.async.wait_group 0; ld.shared.b32 %r4, [%r7];",
+        WARPS,
     ),
     "a predicated barrier that some threads skip": (FEW + "@%p1 bar.sync 0;", {}),
     "deadlock: 8 of 32 threads wait": (FEW + "@%p1 bra $wait; ret; $wait: bar.sync 0;", {}),
@@ -60,6 +70,24 @@ def test_a_barrier_orders_what_two_warps_do():
     counts = execute(body, data, threads=64, shared=256)
     assert data.tolist() == [i ^ 32 for i in range(64)]
     assert (counts.barriers, counts.shared, counts.divergent) == (1, 2 * 64 * 4, 0)
+
+
+def test_copies_are_there_group_by_group():
+    """Each thread copies its number, then the other warp's to another place; the first is there when one is awaited."""
+    data = torch.arange(64, dtype=torch.int32)
+    body = f"""{SHARED}
+        {COPY % "%r6"} cp.async.commit_group;
+        {COPY % "%r7+256"} cp.async.commit_group;
+        cp.async.wait_group 1;
+        ld.shared.b32 %r4, [%r6];
+        cp.async.wait_group 0;
+        bar.sync 0;
+        ld.shared.b32 %r8, [%r6+256];
+        mad.lo.s32 %r4, %r4, 100, %r8;
+        st.global.b32 [%rd3], %r4;
+    """
+    execute(body, data, threads=64, shared=512)
+    assert data.tolist() == [100 * i + (i ^ 32) for i in range(64)]
 
 
 def test_the_same_value_to_one_address_is_no_race():

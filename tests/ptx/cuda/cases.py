@@ -146,7 +146,8 @@ def _many(there):
 
 
 def _backward(there, dtype):
-    for L1, L2, rows, columns in ((6, 12, 7, 43), (16, 1, 1, 1), (22, 24, 3, 130), (40, 5, 9, 17), (64, 64, 5, 13)):
+    shapes = (6, 12, 7, 43), (16, 1, 1, 1), (22, 24, 3, 128), (40, 5, 9, 20), (3, 48, 2, 66), (64, 64, 4, 33)
+    for L1, L2, rows, columns in shapes:
         G, U, w = randn(L2, rows, columns, dtype=dtype), randn(L1, rows, columns, dtype=dtype), randn(L2, L1)
         mix, dw = torch.empty_like(U), torch.empty_like(w)
         there("kron_mix_backward_", mix, dw, G, U, w)
@@ -172,11 +173,12 @@ for each in DTYPES:
 
 @case("backward, more tiles than blocks")
 def _tiles(there):
-    G, U, w = randn(3, 1, 1056 * 128 + 5), randn(2, 1, 1056 * 128 + 5), randn(3, 2)
-    mix, dw = torch.empty_like(U), torch.empty_like(w)
-    there("kron_mix_backward_", mix, dw, G, U, w)
-    yield compare("mixed", [mix], [mixed(w.mT.contiguous(), G)])
-    yield _weights(dw, G, U)
+    for L2, more in ((3, 5), (26, 132)):  # odd; two chunks of G's layers, which take turns from tile to tile
+        G, U, w = randn(L2, 1, 1056 * 128 + more), randn(2, 1, 1056 * 128 + more), randn(L2, 2)
+        mix, dw = torch.empty_like(U), torch.empty_like(w)
+        there("kron_mix_backward_", mix, dw, G, U, w)
+        yield compare("mixed", [mix], [mixed(w.mT.contiguous(), G)])
+        yield _weights(dw, G, U)
 
 
 # --- gather and split ---
@@ -221,6 +223,9 @@ CASES["split, left"], CASES["split, right"] = (functools.partial(_split, right=r
 MUTATIONS = {  # the case, the change, and what is said
     "mix, a barrier dropped": ("mix, 12 layers", r"bar\.sync\s+0;", "", "race in shared memory|before it is written"),
     "backward, a barrier dropped": ("backward, float32", r"bar\.sync\s+0;", "", "race in shared memory|before it is"),
+    "backward, a copy not waited for": (
+        "backward, float32", r"(cp\.async\.wait_group\s+)0;", r"\g<1>1;", "is read before it is written",
+    ),
     "split, its bound dropped": ("split, left", r"setp\.ge\.s64", "setp.lt.s64", "out of bounds"),
     "split, truncated": ("split, left", r"cvt\.rna\.tf32\.f32", "mov.b32", "differ"),
     "mix, rounded towards zero": ("mix, 12 layers", r"cvt\.rn\.bf16", "cvt.rz.bf16", "differ"),

@@ -22,6 +22,11 @@ static std::map<const void*, std::string>& kernels() {
   return names;
 }
 
+static std::map<const void*, size_t>& shared_limits() {
+  static std::map<const void*, size_t> limits;
+  return limits;
+}
+
 struct Configuration {
   dim3 grid, block;
   size_t shared;
@@ -54,8 +59,14 @@ cudaError_t __cudaGetKernel(cudaKernel_t* kernel, const void* stub) {
   *kernel = static_cast<cudaKernel_t>(const_cast<void*>(stub));
   return cudaSuccess;
 }
+cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value) {
+  if (attribute == cudaFuncAttributeMaxDynamicSharedMemorySize) shared_limits()[kernel] = value;
+  return value <= 99 * 1024 ? cudaSuccess : cudaErrorInvalidValue;  // what every device since sm_80 has
+}
 cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void** arguments, size_t shared,
                                cudaStream_t) {
+  const auto limit = shared_limits().find(kernel);
+  if (shared > (limit == shared_limits().end() ? 48 * 1024 : limit->second)) return last = cudaErrorInvalidValue;
   const bool flat = grid.y == 1 && grid.z == 1 && block.y == 1 && block.z == 1;
   const bool done = flat && launch(kernels().at(kernel).c_str(), grid.x, block.x, shared, arguments) == 0;
   return last = done ? cudaSuccess : cudaErrorLaunchFailure;

@@ -42,6 +42,8 @@ class Batch:
         self._warp = self.lanes // WARP + first * (program.threads // WARP)
         self._epoch = np.zeros(count, np.int64)
         self._shared = Shared(count, program.static + shared, program.shared_unit)
+        self._copies: list[tuple] = []  # under way: lanes, addresses, values, and the groups that they belong to
+        self._groups_ended = np.zeros(self.threads, np.int64)
         self.counts = Counts()
         self.r: list = [None] * len(program.names.widths)
         thread = self.lanes % program.threads
@@ -83,6 +85,28 @@ class Batch:
     def shared_store(self, addresses, lanes, values: list[np.ndarray]) -> None:
         self.counts.shared += values[0].itemsize * len(values) * len(lanes)
         self._shared.write(addresses, self._place[lanes], values, self._who(lanes))
+
+    def start_copy(self, to, source, lanes, count: int) -> None:
+        """Copy `count` words per lane to shared memory, where they are when the lane has waited for its group."""
+        values = self.global_load(source, lanes, np.dtype(np.uint32), count)
+        self._shared.begin(to, self._place[lanes], 4 * count, self._who(lanes))
+        self._copies.append((lanes, to, values, self._groups_ended[lanes]))
+
+    def end_group(self, lanes) -> None:
+        self._groups_ended[lanes] += 1
+
+    def await_groups(self, lanes, last: int) -> None:
+        """Copies of all groups but the `last` ended ones of each lane are there."""
+        arrived = np.full(self.threads, -1)  # the groups before this one
+        arrived[lanes] = self._groups_ended[lanes] - last
+        copies, self._copies = self._copies, []
+        for copying, to, values, groups in copies:
+            there = groups < arrived[copying]
+            if there.any():
+                self.shared_store(to[there], copying[there], [value[there] for value in values])
+            if not there.all():
+                values = [value[~there] for value in values]
+                self._copies.append((copying[~there], to[~there], values, groups[~there]))
 
     # --- scheduling ---
 

@@ -277,6 +277,15 @@ class Shared(_Stretch):
         self.store(offsets, values, who, "shared memory")
         self._defined[self.units(offsets, size)[0]] = True
 
+    def begin(self, addresses, place, size: int, who: Who) -> None:
+        """From now on something writes here; until `write` says what, nobody may read it."""
+        offsets = self._offsets(addresses, place, size)
+        units, width = self.units(offsets, size)
+        changes = np.zeros(len(units), bool)
+        wrong = self._shadow.on_write(units, who.of(np.arange(len(offsets)).repeat(width)), changes)
+        _refuse_race("copy", wrong.reshape(-1, width).any(1), offsets, who, "shared memory")
+        self._defined[units] = False
+
     def _offsets(self, addresses, place, size):
         wrong = addresses & np.uint64(size - 1)
         offsets = addresses.astype(np.int64) - SHARED_BASE

@@ -80,6 +80,8 @@ class Program:
             return self._store(modifiers, operands)
         if name in ("red", "atom"):
             return self._atomic(name, modifiers, operands)
+        if name == "cp" and modifiers[0] == "async":
+            return self._copy(modifiers[1:], operands)
         if name in WARP_WIDE:
             if name in ("ldmatrix", "stmatrix"):
                 self.shared_unit = min(self.shared_unit, 16)
@@ -193,6 +195,31 @@ class Program:
             access(spread(address(batch.r), lanes), lanes, [spread(read(batch.r), lanes) for read in reads])
 
         return store
+
+    def _copy(self, modifiers, operands) -> Execute:
+        """cp.async: copies to shared memory that go on, their groups, and waiting for all but the last few groups."""
+
+        def lanes_of(batch, active):
+            return batch.lanes if active is None else active.nonzero()[0]
+
+        if modifiers == ["commit_group"]:
+            return lambda batch, active: batch.end_group(lanes_of(batch, active))
+        if modifiers == ["wait_group"]:
+            last = int(operands[0])
+            return lambda batch, active: batch.await_groups(lanes_of(batch, active), last)
+        cache, to_space, from_space = modifiers
+        to, source, size, *read = operands
+        if to_space.partition("::")[0] != "shared" or from_space != "global" or set(read) - {size}:
+            raise Unsupported("copy")
+        if size not in {"ca": ("4", "8", "16"), "cg": ("16",)}[cache]:
+            raise Unsupported(f"{size} bytes")
+        to, source, count = self.names.address(to), self.names.address(source), int(size) // 4
+
+        def copy(batch, active):
+            lanes = lanes_of(batch, active)
+            batch.start_copy(spread(to(batch.r), lanes), spread(source(batch.r), lanes), lanes, count)
+
+        return copy
 
     def _atomic(self, name, modifiers, operands) -> Execute:
         """red and atom on global memory, thread after thread."""
