@@ -1,7 +1,10 @@
 """The commands of docs/results, small: runs and their store, every study, the report; and what the pages show."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -234,3 +237,12 @@ def test_the_pages_show_what_the_records_say():
     results = report.Results(ROOT / "docs/results/data")
     for page in (ROOT / "docs/results").glob("*.md"):
         assert report.filled(page.read_text(), results) == page.read_text(), f"{page.name}: run the report again"
+
+
+def test_sweep_runs_the_example(tmp_path):
+    words = "--tiny --steps 3 --alone 0 --trials 1 --batch 2 --arms AdamW SophiaG".split()
+    command = [sys.executable, "-m", "benchmarks.evidence.sweep", tmp_path / "out.jsonl", *words]
+    subprocess.run(command, cwd=ROOT, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    first, *runs = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())
+    assert first["bytes"] == 2**17 and {run["arm"] for run in runs} == {"AdamW", "SophiaG"}
+    assert all([point[0] for point in run["points"]] == [1, 2, 3] and "error" not in run for run in runs)

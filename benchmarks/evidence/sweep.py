@@ -1,6 +1,6 @@
 """examples/pretrain.py at 30 million parameters: each optimizer at the same number of learning rates, side by side.
 
-    python -m benchmarks.pretrain_sweep OUT.jsonl [--steps 1500] [--at-once 12]
+    python -m benchmarks.evidence.sweep OUT.jsonl [--steps 1000] [--at-once 12]
 
 One line of JSON first, of the hardware and the text, then one a run, as it ends: its options, [step, held-out bits a
 byte, tokens/s] at each validation, and how far from clipped SophiaG was. tokens/s of runs that share a GPU say nothing;
@@ -19,7 +19,7 @@ from pathlib import Path
 from benchmarks.evidence.runs import text, text_hash
 from growkit.bench.measure import hardware
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 # 31.8 M parameters; no dropout, for no run sees much of the text twice.
 CONFIG = {"n_layer": 10, "n_embd": 512, "n_head": 8, "n_positions": 256, "vocab_size": 256}
 CONFIG |= {"model_type": "gpt2", "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
@@ -48,11 +48,12 @@ def train(folder, arm, lr, steps, save_every, name, options):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("out", type=Path, help="file that gets the lines of JSON")
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--alone", type=int, default=200, help="steps of the runs that have the GPU for themselves")
     parser.add_argument("--at-once", type=int, default=12)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--arms", nargs="*", default=list(ARMS), choices=list(ARMS))
+    parser.add_argument("--trials", type=int, default=4, help="learning rates of each")
     parser.add_argument("--tiny", action="store_true", help="a model of 2 x 32: to see that all of it runs")
     asked = parser.parse_args()
     config = CONFIG | ({"n_layer": 2, "n_embd": 32, "n_head": 2} if asked.tiny else {})
@@ -72,7 +73,7 @@ def main():
         every = max(1, asked.steps // 3)
         with concurrent.futures.ThreadPoolExecutor(asked.at_once) as pool:
             # Middle rates first: they say most if time runs out.
-            jobs = [(arm, RATES[arm][i]) for i in (1, 2, 0, 3) for arm in asked.arms]
+            jobs = [(arm, RATES[arm][i]) for i in (1, 2, 0, 3)[: asked.trials] for arm in asked.arms]
             runs = [pool.submit(train, folder, *job, asked.steps, every, f"{job[0]} {job[1]}", options) for job in jobs]
             for run in concurrent.futures.as_completed(runs):
                 record = run.result()
