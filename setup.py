@@ -1,8 +1,9 @@
 """The only build logic: the version, what the compiled extension holds, and how it is compiled.
 
-growkit._C has kernels for CPUs, for which a C++ compiler, pybind11 and ninja are all it takes, and CUDA kernels where
-there are torch and nvcc, too. Those use only torch's stable ABI, so nvcc is driven here directly, which works beside
-any torch, one without CUDA included; torch's own build helper refuses that. Read from the environment:
+growkit._C has kernels for CPUs and what a step asks of its tensors, for which a C++ compiler, pybind11 and ninja are
+all it takes, and CUDA kernels where there are torch and nvcc, too. Those use only torch's stable ABI, so nvcc is driven
+here directly, which works beside any torch, one without CUDA included; torch's own build helper refuses that. Read from
+the environment:
 GROWKIT_LOCAL_VERSION=x        the version ends in +x
 GROWKIT_SKIP_BUILD=1           never build the extension
 GROWKIT_SKIP_CUDA_BUILD=1      never build its CUDA kernels
@@ -27,7 +28,7 @@ from setuptools.command.build_ext import build_ext
 
 ARCHS = "8.0;9.0;10.0;12.0+PTX"
 TORCH_TARGET = "0x020a000000000000"  # the oldest torch that the built extension runs with: 2.10
-SOURCES = ["csrc/bindings.cpp", "csrc/cpu.cpp"]
+SOURCES = ["csrc/bindings.cpp", "csrc/cpu.cpp", "csrc/lists.cpp"]
 CUDA_SOURCES = ["csrc/expand.cu", "csrc/mix.cu", "csrc/gather.cu", "csrc/split.cu"]
 CXX = shlex.split(os.environ.get("CXX") or "g++")
 INCLUDE = Path(sysconfig.get_paths()["include"])

@@ -1,5 +1,5 @@
-// growkit._C: facts of the build, the launch plans as Python sees them, and the CPU kernels, which take addresses. No
-// torch type crosses here.
+// growkit._C: facts of the build, the launch plans as Python sees them, the CPU kernels, which take addresses, and
+// what tensors are. No torch type crosses here.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -10,6 +10,7 @@
 #include "build.h"
 #include "cpu.h"
 #include "launch.h"
+#include "lists.h"
 
 namespace py = pybind11;
 using namespace growkit;
@@ -237,4 +238,11 @@ PYBIND11_MODULE(_C, m) {
         time,
         "Gauss-Newton-Bartlett refresh on CPU. tensors: (h, g, elements, parameter, offset) of each, the first two as\n"
         "addresses; narrow: whether h and g are bfloat16.");
+
+  m.def("use_tensors", &use_tensors, py::arg("cls"), "Have describe() take tensors of this class, torch.Tensor.");
+  m.def("describe", &describe, tensors,
+        "(addresses, facts) of a list of tensors and None, as bytes: 8 for each address, 0 for None; class, device,\n"
+        "dtype, sizes and strides of each. Raises what torch raises for a tensor without memory.");
+  m.def("identities", &identities, py::arg("owner"),
+        "Which objects a list holds, or are the keys and values of the dictionaries in a dictionary, as bytes.");
 }

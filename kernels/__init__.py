@@ -6,9 +6,3 @@ Importing this package imports no kernel, so that growkit works where triton is 
 import importlib.util
 
 available = importlib.util.find_spec("triton") is not None
-
-
-class TensorList(list):
-    """A list of tensors that its owner never changes, on which a kernel notes what it found the tensors to be."""
-
-    known = None

@@ -10,15 +10,12 @@ and the addresses of the tensors, int64 [lists, T], of which only the lists that
 again. Offsets are 64-bit throughout.
 """
 
-import array
-import functools
-from operator import attrgetter
-
 import torch
 import triton
 import triton.language as tl
 
-from growkit import kernels, reference
+from growkit import reference
+from growkit.kernels.lists import WITHOUT_MEMORY, TensorList, describe
 
 CHUNK = 4096
 
@@ -54,10 +51,10 @@ def aligned(where, dtype: tl.constexpr):
 class Lists:
     """Equally long lists of tensors, equal in shape within each position, made ready for one launch.
 
-    lists: {name: list of tensors}; a `TensorList` is checked again only when a tensor lies elsewhere than before.
-    written: names of those the kernel writes. parameter, offset: what the random bits of each tensor are keyed by, for
-    a kernel that draws any. codes: {name of a list of 8-bit codes: name of the list of their scales, two for each ROW
-    elements of a tensor}.
+    lists: {name: list of tensors}; of a first one that is a `TensorList` nothing is checked again as long as devices,
+    dtypes, sizes and strides are those of the last call. written: names of those the kernel writes. parameter, offset:
+    what the random bits of each tensor are keyed by, for a kernel that draws any. codes: {name of a list of 8-bit
+    codes: name of the list of their scales, two for each ROW elements of a tensor}.
     arguments: what every kernel takes first, (addresses, facts, chunks, T, C). chunks: C. dtypes: of each list, as the
     kernel names them.
 
@@ -68,38 +65,25 @@ class Lists:
     """
 
     def __init__(self, op, lists, *, written=(), parameter=(), offset=(), codes=None):
-        codes = codes or {}
-        addresses = [list(map(torch.Tensor.data_ptr, tensors)) for tensors in lists.values()]
-        first, found = next(iter(lists.values())), []
-        for (name, tensors), there in zip(lists.items(), addresses, strict=True):
-            known = getattr(tensors, "known", None)
-            if known is None or known.addresses != there:
-                known = _Checked(op, name, tensors, first, there)
-                if isinstance(tensors, kernels.TensorList):
-                    tensors.known = known
-            found.append(known)
-            allowed = CODES if name in codes else DTYPES
-            if known.dtype not in allowed:
-                raise TypeError(f"{op}: {name} is {known.dtype}, expected one of {', '.join(map(str, allowed))}")
-            numel = _scales(found[0].numel) if name in codes.values() else found[0].numel
-            if known.numel != numel:
-                pairs = enumerate(zip(known.numel, numel, strict=True))
-                k, (given, expected) = next((k, pair) for k, pair in pairs if pair[0] != pair[1])
-                raise ValueError(f"{op}: {name}[{k}] has {given} elements, expected {expected}")
-        self.dtypes = [(DTYPES | CODES)[each.dtype] for each in found]
+        try:
+            told = [getattr(tensors, "told", None) or describe(tensors) for tensors in lists.values()]
+        except WITHOUT_MEMORY:
+            _check(op, lists, codes or {})  # names a tensor on another device
+            raise
+        addresses, facts = zip(*told, strict=True)
+        made_of = op, CHUNK, (*lists,), facts, (*parameter,), (*offset,)
+        first = next(iter(lists.values()))
+        plan = getattr(first, "known", None)
+        if plan is None or plan.made_of != made_of:
+            plan = _Plan(made_of, lists, _check(op, lists, codes or {}), parameter, offset)
+            if isinstance(first, TensorList):
+                first.known = plan
+        self.dtypes, table = plan.dtypes, plan.table
         self._copies, self._tensors = [], None
-        if not all(each.contiguous for each in found):
+        if not plan.contiguous:
             self._tensors = self._dense(lists, written, numbered=bool(parameter))  # copies must live until the launch
-            addresses = [list(map(torch.Tensor.data_ptr, tensors)) for tensors in self._tensors]
-        facts = found[0].numel, tuple(parameter), tuple(offset)
-        key = found[0].device, CHUNK, *facts
-        table = _tables.get(key)
-        if table is None:
-            table = _Table(found[0].device, *facts)
-            if len(_tables) >= _KEPT:
-                del _tables[next(iter(_tables))]
-            _tables[key] = table
-        self.chunks = table.chunks.shape[1]
+            addresses = [describe(tensors)[0] for tensors in self._tensors]
+        self.chunks = table.count
         self.arguments = table.addresses(addresses), table.facts, table.chunks, len(first), self.chunks
 
     def launch(self, kernel, *arguments, block, warps, programs=None):
@@ -142,29 +126,45 @@ _tables: dict = {}
 _captured: list = []
 
 
-@functools.lru_cache(_KEPT)
-def _scales(numel):
-    return tuple(2 * -(-n // ROW) for n in numel)
-
-
-class _Checked:
-    """What the tensors of a list were found to be, all of one dtype and device."""
-
-    def __init__(self, op, name, tensors, first, addresses):
+def _check(op, lists, codes):
+    """dtype of each list, as the kernels name it. Raises for what one launch cannot take."""
+    first, dtypes = next(iter(lists.values())), []
+    device = first[0].device
+    for name, tensors in lists.items():
         if len(tensors) != len(first):
             raise ValueError(f"{op}: {name} has {len(tensors)} tensors, expected {len(first)}")
-        self.dtype, self.device = tensors[0].dtype, first[0].device
-        # The quicker question where it tells devices apart: -1 is the answer of all but GPUs.
-        place = torch.Tensor.get_device if self.device.type == "cuda" else attrgetter("device")
-        if len(set(map(attrgetter("dtype"), tensors))) > 1 or set(map(place, tensors)) != {place(first[0])}:
-            i = next(i for i, t in enumerate(tensors) if (t.dtype, t.device) != (self.dtype, self.device))
-            raise ValueError(
-                f"{op}: {name}[{i}] is {tensors[i].dtype} on {tensors[i].device}, expected {self.dtype} on "
-                f"{self.device} as the first: one call per dtype and device"
-            )
-        self.numel = tuple(map(torch.Tensor.numel, tensors))
-        self.contiguous = all(map(torch.Tensor.is_contiguous, tensors))
-        self.addresses = addresses
+        dtype = tensors[0].dtype
+        for i, (t, like) in enumerate(zip(tensors, first, strict=True)):
+            if (t.dtype, t.device) != (dtype, device):
+                raise ValueError(
+                    f"{op}: {name}[{i}] is {t.dtype} on {t.device}, expected {dtype} on {device} as the first: one "
+                    "call per dtype and device"
+                )
+            expected = 2 * -(-like.numel() // ROW) if name in codes.values() else like.numel()
+            if t.numel() != expected:
+                raise ValueError(f"{op}: {name}[{i}] has {t.numel()} elements, expected {expected}")
+        allowed = CODES if name in codes else DTYPES
+        if dtype not in allowed:
+            raise TypeError(f"{op}: {name} is {dtype}, expected one of {', '.join(map(str, allowed))}")
+        dtypes.append(allowed[dtype])
+    return dtypes
+
+
+class _Plan:
+    """How lists go into one launch: what does not depend on where the tensors lie."""
+
+    def __init__(self, made_of, lists, dtypes, parameter, offset):
+        self.made_of, self.dtypes = made_of, dtypes
+        self.contiguous = all(t.is_contiguous() for tensors in lists.values() for t in tensors)
+        first = next(iter(lists.values()))
+        facts = first[0].device, tuple(t.numel() for t in first), (*parameter,), (*offset,)
+        key = CHUNK, *facts
+        self.table = _tables.get(key)
+        if self.table is None:
+            self.table = _Table(*facts)
+            if len(_tables) >= _KEPT:
+                del _tables[next(iter(_tables))]
+            _tables[key] = self.table
 
 
 _RUN_ONCE = "CUDA graph capture: run the same call once, outside of any capture, before each capture"
@@ -184,30 +184,30 @@ class _Table:
         number = torch.arange(len(tensor)) - (counts.cumsum(0) - counts)[tensor]
         self.facts = torch.tensor([numel, parameter or zeros, offset or zeros]).to(device)
         self.chunks = torch.stack((tensor, number)).to(device, torch.int32)
+        self.count, self._length, self._device, self._cuda = len(tensor), len(numel), device, device.type == "cuda"
         self._sent = {}  # (number of lists, stream) -> (addresses on the device, the lists that they were sent from)
         self._spare = {}  # number of lists -> pinned memory for the next capture, which must not allocate any
 
     def addresses(self, found):
-        """`found`, lists of addresses, as int64 [lists, T] on the device."""
-        device, shape = self.facts.device, (len(found), len(found[0]))
-        cuda = device.type == "cuda"
-        if _capturing(device):
+        """`found`, the addresses of each list, as int64 [lists, T] on the device."""
+        if self._cuda and torch.cuda.is_current_stream_capturing():
             return self._capture(found)
-        if cuda and len(found) not in self._spare:
-            self._spare[len(found)] = torch.empty(shape, dtype=torch.int64, pin_memory=True)
         # One copy per stream: a step on another stream must not overwrite what a kernel of this one still reads.
-        key = len(found), torch.cuda.current_stream(device).cuda_stream if cuda else 0
+        key = len(found), torch.cuda.current_stream(self._device).cuda_stream if self._cuda else 0
+        shape = len(found), self._length
+        if self._cuda and len(found) not in self._spare:
+            self._spare[len(found)] = torch.empty(shape, dtype=torch.int64, pin_memory=True)
         if key not in self._sent:
-            if cuda:  # a table that goes must not be overwritten while any stream reads it
-                self.facts.record_stream(torch.cuda.current_stream(device))
-                self.chunks.record_stream(torch.cuda.current_stream(device))
-            self._sent[key] = torch.empty(shape, dtype=torch.int64, device=device), [None] * len(found)
+            if self._cuda:  # a table that goes must not be overwritten while any stream reads it
+                self.facts.record_stream(torch.cuda.current_stream(self._device))
+                self.chunks.record_stream(torch.cuda.current_stream(self._device))
+            self._sent[key] = torch.empty(shape, dtype=torch.int64, device=self._device), [None] * len(found)
         there, sent = self._sent[key]
         for k, addresses in enumerate(found):
             if addresses != sent[k]:
                 here = _packed(addresses)
                 # torch's allocator of pinned memory uses this again only once the copy is done.
-                there[k].copy_(here.pin_memory() if cuda else here, non_blocking=True)
+                there[k].copy_(here.pin_memory() if self._cuda else here, non_blocking=True)
                 sent[k] = addresses
         return there
 
@@ -224,4 +224,4 @@ class _Table:
 
 
 def _packed(addresses):
-    return torch.frombuffer(array.array("q", addresses), dtype=torch.int64)
+    return torch.frombuffer(bytearray(addresses), dtype=torch.int64)

@@ -454,4 +454,4 @@ class SophiaBase(Optimizer):
 
 
 def _capturing():
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()

@@ -3,13 +3,14 @@
 Of sharded tensors an op gets what this process holds, with its place in the whole.
 """
 
+import contextlib
 from collections import defaultdict
-from itertools import accumulate, repeat
-from operator import attrgetter, is_, is_not, itemgetter
+from itertools import accumulate
 
 import torch
 
-from growkit import kernels, ops
+from growkit import ops
+from growkit.kernels.lists import WITHOUT_MEMORY, TensorList, describe, identities
 from growkit.optim import distributed
 from growkit.optim.state import check_coded, check_updatable, dtype_of, ensure, has_master, held, is_coded
 
@@ -23,6 +24,7 @@ class Buckets:
     def __init__(self, name, codes):
         self._name, self._codes = name, codes
         self._kept = {}  # index of a group's first parameter -> _Kept
+        self._states = None, []  # which objects the state was, and they: another object cannot be at their place
         self.numbers = {}
 
     def clear(self):
@@ -30,43 +32,43 @@ class Buckets:
 
     def prepare(self, param_groups, states):
         """[(group, its buckets)], all state made. Raises for whatever a step could not use, before anything changes."""
-        firsts = accumulate((len(group["params"]) for group in param_groups), initial=0)
-        groups = list(zip(firsts, param_groups, strict=False))
-        prepared = [(group, self._of(first, group, states)) for first, group in groups]
+        keeping = not torch.compiler.is_compiling()
+        if keeping and identities(states) != self._states[0]:
+            self._kept.clear()
+            self._remember(states)
+        firsts = list(accumulate((len(group["params"]) for group in param_groups[:-1]), initial=0))
+        groups = list(zip(firsts, param_groups, strict=True))
+        prepared = [(group, self._of(first, group, states, keeping)) for first, group in groups]
         for i, (first, group) in enumerate(groups):
             if not all(bucket["complete"] for bucket in prepared[i][1]):
                 ensure(group, states, self._codes)
-                prepared[i] = group, self._of(first, group, states)
+                prepared[i] = group, self._of(first, group, states, keeping)
+                if keeping:
+                    self._remember(states)
         return prepared
 
-    def _of(self, first, group, states):
+    def _remember(self, states):
+        owned = [dict(each) if isinstance(each, dict) else each for each in states.values()]
+        self._states = identities(states), [*states, *owned]
+
+    def _of(self, first, group, states, keeping):
         """Lists {"p", "g", "exp_avg", "hessian", "master", ...} of those parameters that have a gradient.
 
         8-bit state has the lists "exp_avg_scale" and "hessian_scale", too. "index" holds indices in the group, "number"
         those among all parameters, of which `first` is the group's first; "key" is what the ops draw random bits by.
         One bucket per device, dtype, gradient dtype, kind of state and mesh, complex tensors as real. Everything but
-        gradients is kept from call to call, and checked again only when a parameter's address, a gradient's shape or
-        dtype, or a state tensor is another.
+        gradients is kept from call to call.
         """
-        params, grads = distributed.local_pairs(group["params"])
-        if torch.compiler.is_compiling():
-            buckets = self._sort(first, group, grads, [states.get(p) for p in group["params"]])
-        else:
-            there = grads if all(map(is_not, grads, repeat(None))) else [g for g in grads if g is not None]
-            kinds = (
-                len(there) if there is grads else [g is None for g in grads],
-                list(map(attrgetter("shape"), there)),
-                list(map(attrgetter("dtype"), there)),
-                list(map(attrgetter("layout"), there)),
-                list(map(torch.Tensor.data_ptr, params)),
-                (group["capturable"], group["bf16_update"]),
-            )
-            kept = self._kept.get(first)
-            if kept is None or kept.kinds != kinds or not kept.holds(states):
-                own = [states.get(p) for p in group["params"]]
-                self._kept[first] = kept = _Kept(kinds, states, self._sort(first, group, grads, own))
-            buckets = kept.buckets
-        return [{**bucket, "g": _gradients(bucket, grads)} for bucket in buckets]
+        kept = self._kept.get(first) if keeping else None
+        buckets = kept and kept.with_gradients(group)
+        if buckets is None:
+            params, grads = distributed.local_pairs(group["params"])
+            sorted_ = self._sort(first, group, grads, [states.get(p) for p in group["params"]])
+            buckets = [{**bucket, "g": _gradients(bucket, grads)} for bucket in sorted_]
+            if keeping and all(bucket["complete"] for bucket in buckets):
+                with contextlib.suppress(*WITHOUT_MEMORY):
+                    self._kept[first] = _Kept(group, params, grads, sorted_)
+        return buckets
 
     def _sort(self, first, group, grads, own):
         buckets = defaultdict(lambda: defaultdict(list))
@@ -108,7 +110,7 @@ class Buckets:
             for name in needed:
                 if name in tensors:
                     bucket[name].append(as_real(tensors[name]))
-        return buckets.values()
+        return list(buckets.values())
 
     def _offset(self, p, i, group):
         """Index, in the whole of parameter i, of the first element of this process's shard."""
@@ -124,36 +126,70 @@ class Buckets:
         return offset or 0
 
 
+_STATE = ("exp_avg", "hessian", "exp_avg_scale", "hessian_scale", "master")
+
+
 class _Kept:
-    """The buckets of a group, with what they were made of."""
+    """The buckets of a group, for as long as all that they were made of, state apart, is what it was."""
 
-    def __init__(self, kinds, states, buckets):
-        lists = ("exp_avg", "hessian", "exp_avg_scale", "hessian_scale", "master")
-        self.kinds = kinds
-        self.buckets = [{k: kernels.TensorList(v) if k in ("p", *lists) else v for k, v in b.items()} for b in buckets]
-        self._complete = all(bucket["complete"] for bucket in buckets)
-        self._states = list(states.values())
-        self._tensors = [
-            (bucket["states"], name, [state[name] for state in bucket["states"]])
-            for bucket in buckets
-            for name in ("step", *lists)
-            if self._complete and (name == "step" or name in bucket)
-        ]
+    def __init__(self, group, params, grads, buckets):
+        self._params, self._objects = identities(group["params"]), [*group["params"]]
+        self._options = _options(group)
+        self._sharded = params is not group["params"]
+        self._idle = [i for i, g in enumerate(grads) if g is None]
+        self._buckets = []
+        for bucket in buckets:
+            bucket = {k: TensorList(v) if k == "p" or k in _STATE else v for k, v in bucket.items()}
+            self._buckets.append((bucket, _look(bucket, params, grads)[0]))
 
-    def holds(self, states):
-        """Whether the state of the optimizer still is the same objects."""
-        if not self._complete or len(states) != len(self._states) or not all(map(is_, states.values(), self._states)):
-            return False
-        try:
-            return all(all(map(is_, map(itemgetter(k), own), kept)) for own, k, kept in self._tensors)
-        except KeyError:
-            return False
+    def with_gradients(self, group):
+        """The buckets with the gradients of now as "g"; None where they have to be made anew."""
+        if self._options != _options(group) or self._params != identities(group["params"]):
+            return None
+        if self._sharded:
+            params, grads = distributed.local_pairs(group["params"])
+        else:
+            params, grads = group["params"], [p.grad for p in group["params"]]
+        if any(grads[i] is not None for i in self._idle):
+            return None
+        result = []
+        for bucket, seen in self._buckets:
+            try:
+                now, g = _look(bucket, params, grads)
+            except WITHOUT_MEMORY:
+                return None
+            if now != seen:
+                return None
+            result.append({**bucket, "g": g})
+        return result
+
+
+def _look(bucket, params, grads):
+    """(what a bucket is good for, its gradients), as of now. The lists are told what they are, for the ops to read."""
+    g = TensorList(_pick(grads, bucket["index"]))
+    g.told = describe(g)
+    p = describe(_pick(params, bucket["index"]))
+    seen = [p, g.told[1]]
+    for name in _STATE:
+        if name in bucket:
+            bucket[name].told = describe(bucket[name])
+            seen.append(bucket[name].told[1])
+    if bucket["whole"].is_complex():  # "p" are views
+        return seen, list(map(as_real, g))
+    bucket["p"].told = p
+    return seen, g
+
+
+def _options(group):
+    return group["capturable"], group["bf16_update"]
+
+
+def _pick(tensors, indices):
+    return tensors if len(indices) == len(tensors) else [tensors[i] for i in indices]
 
 
 def _gradients(bucket, grads):
-    indices = bucket["index"]
-    grads = grads if len(indices) == len(grads) else [grads[i] for i in indices]
-    return list(map(as_real, grads)) if bucket["p"][0].dtype != grads[0].dtype else grads
+    return list(map(as_real, _pick(grads, bucket["index"])))
 
 
 def as_real(t):

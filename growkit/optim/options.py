@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Mapping, Sequence
-from operator import is_, itemgetter
+from itertools import chain
+from operator import itemgetter
 from typing import Any, Literal, get_args
 
 import torch
 
 from growkit import kernels
+from growkit.kernels.lists import identities
 
 Rounding = Literal["stochastic", "master", "nearest"]  # of a float32 result to a bfloat16 parameter
 Phase = Literal["paper", "official"]  # refreshes at steps 1, 1+every, ...; at every, 2*every, ...
@@ -113,16 +115,13 @@ class Checked:
     """The groups' options as they were when they were last checked: a step asks what has changed since."""
 
     def __init__(self):
-        self._kept = []
+        self._seen, self._kept = None, []
 
     def check(self, name: str, groups: Sequence[Mapping[str, Any]]) -> None:
-        values = list(map(_values, groups))
+        values = list(chain.from_iterable(map(_values, groups)))
         # Identity, for a tensor's value is not asked; a list of betas may have been written to.
-        if len(values) != len(self._kept) or not all(
-            all(map(is_, own, kept)) and type(group["betas"]) is tuple
-            for group, own, kept in zip(groups, values, self._kept, strict=True)
-        ):
-            self._kept = []
+        if identities(values) != self._seen or any(type(group["betas"]) is not tuple for group in groups):
+            self._seen = None
             for group in groups:
                 check_values(name, group)
-            self._kept = values
+            self._seen, self._kept = identities(values), values

@@ -150,18 +150,24 @@ def _samples(prepared, elements, *names):
     every = max(1, elements // SAMPLE)
     for group, buckets in prepared:
         for bucket in buckets:
-            yield group, bucket, [torch.cat(list(_picked(bucket, name, every))) for name in names]
+            yield group, bucket, [_sample(bucket, name, every) for name in names]
 
 
-def _picked(bucket, name, every):
+def _sample(bucket, name, every):
+    """The elements of one list, as float32, in few operations for each tensor."""
     # Codes go by whole blocks, so everything beside them does.
     unit = CODES_PER_SCALE if "exp_avg_scale" in bucket else 1
-    scales = bucket.get(name + "_scale", [None] * len(bucket[name]))
-    offsets = bucket["key"].get("offset", [0] * len(bucket[name]))
-    for t, scale, offset in zip(bucket[name], scales, offsets, strict=True):
+    tensors, scales = bucket[name], bucket.get(name + "_scale")
+    rows, beside = [], []
+    for i, offset in enumerate(bucket["key"].get("offset", [0] * len(tensors))):
+        t = tensors[i].contiguous()
         n, first = t.numel() // unit, -(offset // unit) % every
-        t = t.reshape(-1)[: n * unit].view(n, unit)[first::every]
-        yield (t if scale is None else reference.dequantise(t, scale[first:n:every])).reshape(-1).float()
+        size, start = len(range(first, n, every)), t.storage_offset() + first * unit
+        rows.append(t.as_strided((size, unit), (every * unit, 1), start))
+        if scales is not None:
+            beside.append(scales[i][first:n:every])
+    rows = torch.cat(rows)
+    return (rows if scales is None else reference.dequantise(rows, torch.cat(beside))).reshape(-1).float()
 
 
 @functools.cache

@@ -8,9 +8,10 @@ import torch
 
 pytest.importorskip("triton")
 
-from growkit import kernels, reference
+from growkit import reference
 from growkit.bench.sophia import official_step
 from growkit.kernels import multi_tensor, probe, sophia
+from growkit.kernels.lists import TensorList
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SIZES = (0, 1, 63, 5003, 4096, 8192, 9001)
@@ -290,7 +291,7 @@ def test_gradients_that_move_are_found_and_tables_are_kept():
 
 
 def test_a_tensor_list_is_checked_again_when_a_tensor_lies_elsewhere():
-    lists = {k: kernels.TensorList(v) for k, v in operands().items()}
+    lists = {k: TensorList(v) for k, v in operands().items()}
     sophia.sophia_step_(*lists.values(), **SCALARS)
     known = lists["p"].known
     sophia.sophia_step_(*lists.values(), **SCALARS)

@@ -1,11 +1,16 @@
 """Which tensors go into one call: dtypes, layouts, parameters without gradients, and what is kept from step to step."""
 
 import copy
+import runpy
+import sys
+import types
 
+import pytest
 import torch
 from optim.runs import BOTH, assert_same, fill_grads, params, snapshot
 from torch.nn import Parameter
 
+from growkit.kernels import cpu, lists
 from growkit.optim import SophiaG
 
 
@@ -66,8 +71,86 @@ def test_kept_buckets_follow_parameters_gradients_and_state_that_change():
     both(lambda o, own: setattr(own[1], "grad", None))
     both(lambda o, own: None)
     both(lambda o, own: o.state[own[0]].update(exp_avg=torch.ones(4, 3)))
+    both(lambda o, own: setattr(o.state[own[0]]["hessian"], "data", torch.full((4, 3), 0.5)))
+    both(lambda o, own: o.state.update({own[1]: {k: v.clone() for k, v in o.state[own[1]].items()}}))
     both(lambda o, own: o.load_state_dict(copy.deepcopy(o.state_dict())))
     both(lambda o, own: setattr(own[0], "data", own[0].data.double()) or setattr(own[0], "grad", own[0].grad.double()))
+    both(lambda o, own: o.param_groups[0].update(lr=0.1, weight_decay=0.0, betas=[0.5, 0.9]))
+    both(lambda o, own: o.param_groups[0]["betas"].__setitem__(0, 0.7))
+    both(lambda o, own: own[1].requires_grad_(False))
+    both(lambda o, own: o.param_groups[0]["params"].reverse())
+    both(lambda o, own: setattr(own[1], "grad", torch.ones(3, 5)[0].expand(5)))
+    both(lambda o, own: setattr(own[1], "grad", torch.ones(10)[::2]))
+    both(lambda o, own: setattr(own[1].grad, "data", own[1].grad.double()))
+    both(lambda o, own: own.append(params((2, 2))[0]) or o.add_param_group({"params": own[2:], "lr": 0.3}))
+    both(lambda o, own: o.param_groups[1]["params"].append(o.param_groups[0]["params"].pop()))
+    both(lambda o, own: o.state.pop(own[0]))
+
+
+@pytest.mark.parametrize(
+    "change, error",
+    [
+        (lambda o, p: p.grad.t_(), "grad.0. has shape .3, 4.* expected .4, 3."),
+        (lambda o, p: p.grad.resize_(2, 3), "grad.0. has shape .2, 3.* expected .4, 3."),
+        (lambda o, p: setattr(p, "grad", p.grad.to_sparse()), "sparse"),
+        (lambda o, p: setattr(p, "data", torch.ones(5, 3)), "expected .5, 3."),
+        (lambda o, p: setattr(o.state[p]["exp_avg"], "data", torch.ones(7)), "exp_avg.0. has shape .7"),
+        (lambda o, p: o.state[p].pop("hessian"), "expected .'hessian'. as well"),
+        (lambda o, p: o.param_groups[0].update(capturable=True), "expected a CUDA device"),
+    ],
+)
+def test_what_no_longer_fits_is_refused_before_anything_changes(change, error):
+    ps = params((5,), (4, 3))
+    optimizer = SophiaG([ps[1], ps[0]], 1e-2)
+    for i in range(3):
+        fill_grads(ps, i)
+        optimizer.step()
+    change(optimizer, ps[1])
+    before = ps[0].detach().clone()
+    with pytest.raises((RuntimeError, ValueError), match=error):
+        optimizer.step()
+    assert torch.equal(ps[0], before) and optimizer.stats()["steps"] == 3
+
+
+def described(compiled, monkeypatch):
+    """`describe` and `identities`, as growkit._C has them or as they are without it."""
+    if not compiled:
+        monkeypatch.setitem(sys.modules, "growkit._C", None)
+    found = runpy.run_path(lists.__file__)
+    assert compiled == isinstance(found["describe"], types.BuiltinFunctionType)
+    return found["describe"], found["identities"]
+
+
+@pytest.mark.parametrize(
+    "compiled", [pytest.param(True, marks=pytest.mark.skipif(cpu._C is None, reason="not built")), False]
+)
+def test_a_description_tells_every_change(compiled, monkeypatch):
+    describe, identities = described(compiled, monkeypatch)
+    t = torch.arange(12.0).view(3, 4)
+    views = [
+        t,
+        t.view(4, 3),
+        t.view(4, 3).T,
+        t[:, :2],
+        t[0].expand(3, 4),
+        t.view(torch.int32),
+        t.view(12),
+        Parameter(t),
+    ]
+    facts = [describe([each])[1] for each in views]
+    assert all(facts.count(each) == 1 for each in facts) and len({describe([each])[0] for each in views}) == 1
+    assert describe([t]) == describe([t.view(3, 4)]) and describe([t])[1] == describe([t.clone()])[1]
+    assert int.from_bytes(describe([t, t[1:]])[0][8:], sys.byteorder) == t[1:].data_ptr() != describe([t, None])[0]
+    assert describe([t, None])[1] not in (describe([t, t])[1], describe([None, t])[1])
+    assert describe([]) == describe([]) != describe([None])
+    with pytest.raises(lists.WITHOUT_MEMORY):
+        describe([t.to_sparse()])
+    first, second = object(), object()
+    held = [[first, second], [second, first], [first], [], {1: {"a": first}}, {1: {"b": first}}, {1: {"a": second}}]
+    held += [{2: {"a": first}}, {1: first}, {1: {}}, {1: {"a": first, "b": first}}, {}]
+    told = [identities(each) for each in held]
+    assert all(told.count(each) == 1 or each == identities([]) for each in told)
+    assert identities({1: {"a": first}}) == told[4]
 
 
 def test_what_is_kept_holds_no_gradient():
