@@ -279,8 +279,8 @@ __device__ __forceinline__ void use_layers(const typename Storage<type>::One* G,
   }
 }
 
-// Adds up `count` sums over a warp. Each lane ends with count / 32 of them, in the order of the lanes: those `bit` apart
-// add theirs up, each for one half, and so on with that half.
+// Adds `count` sums up over a warp; each lane ends with count / 32 of them, in the order of the lanes: lanes `bit`
+// apart add theirs, each for one half, and so on with that half.
 template <int bit, int count>
 __device__ __forceinline__ void add_lanes(float (&sums)[count], int lane) {
   constexpr int half = count / kWarp * bit;
