@@ -241,8 +241,8 @@ PYBIND11_MODULE(_C, m) {
 
   m.def("use_tensors", &use_tensors, py::arg("cls"), "Have describe() take tensors of this class, torch.Tensor.");
   m.def("describe", &describe, tensors,
-        "(addresses, facts) of a list of tensors and None, as bytes: 8 for each address, 0 for None; class, device,\n"
-        "dtype, sizes and strides of each. Raises what torch raises for a tensor without memory.");
+        "(addresses, facts) of a list of tensors, as bytes: 8 for each address; class, device, dtype, sizes and strides\n"
+        "of each. Raises TypeError for what is no tensor, and what torch raises for a tensor without memory.");
   m.def("identities", &identities, py::arg("owner"),
         "Which objects a list holds, or are the keys and values of the dictionaries in a dictionary, as bytes.");
 }

@@ -51,13 +51,8 @@ py::tuple describe(const py::list& tensors) {
   addresses.reserve(tensors.size());
   facts.reserve(8 * tensors.size());
   for (const py::handle each : tensors) {
-    if (each.is_none()) {
-      addresses.push_back(0);
-      facts.push_back(-1);
-      continue;
-    }
     if (!tensor_class || !PyObject_TypeCheck(each.ptr(), tensor_class)) {
-      throw py::type_error("describe: expected tensors and None");
+      throw py::type_error("describe: expected tensors");
     }
     DLTensor t{};
     if (describe_tensor(each.ptr(), &t)) throw py::error_already_set();

@@ -8,8 +8,8 @@ namespace growkit {
 // Take tensors of this class, torch.Tensor, whose type has the functions of DLPack's C exchange interface.
 void use_tensors(pybind11::type cls);
 
-// (addresses, facts) of a list of tensors and None: 8 bytes for each address, 0 for None; class, device, dtype,
-// sizes and strides of each. Raises what torch raises for a tensor without memory, such as a sparse one.
+// (addresses, facts) of a list of tensors: 8 bytes for each address; class, device, dtype, sizes and strides of each.
+// Raises TypeError for what is no tensor, and what torch raises for a tensor without memory, such as a sparse one.
 pybind11::tuple describe(const pybind11::list& tensors);
 
 // Which objects a list holds, or are the keys and values of the dictionaries in a dictionary.

@@ -2,6 +2,8 @@
 when something is another."""
 
 from array import array
+from itertools import chain
+from operator import attrgetter
 
 import torch
 
@@ -10,25 +12,25 @@ try:
 
     use_tensors(torch.Tensor)
 except (ImportError, AttributeError):  # not built, or a torch whose tensors lack DLPack's C interface
+    _FACTS = type, torch.Tensor.get_device, attrgetter("dtype"), torch.Tensor.size, torch.Tensor.stride
 
     def describe(tensors):
-        """(addresses, facts) of a list of tensors and None: 8 bytes for each address; class, device, dtype, sizes and
-        strides of each. Raises one of WITHOUT_MEMORY."""
-        addresses = array("q", [0 if t is None else t.data_ptr() for t in tensors]).tobytes()
-        return addresses, [None if t is None else (type(t), t.device, t.dtype, t.shape, t.stride()) for t in tensors]
+        """(addresses, facts) of a list of tensors: 8 bytes for each address; class, device, dtype, sizes and strides.
+
+        Raises one of WITHOUT_ADDRESS.
+        """
+        return array("q", map(torch.Tensor.data_ptr, tensors)).tobytes(), [list(map(of, tensors)) for of in _FACTS]
 
     def identities(owner):
         """Which objects a list holds, or are the keys and values of the dictionaries in a dictionary."""
         if isinstance(owner, list):
             return list(map(id, owner))
-        owned = ((key, *each, *each.values()) if isinstance(each, dict) else (key, each) for key, each in owner.items())
-        return [tuple(map(id, each)) for each in owned]
+        owned = [each if isinstance(each, dict) else {0: each} for each in owner.values()]
+        values = chain.from_iterable(map(dict.values, owned))
+        return list(map(id, owner)), list(map(tuple, owned)), list(map(id, values))
 
 
-WITHOUT_MEMORY = (
-    RuntimeError,
-    BufferError,
-)  # what `describe` raises of a tensor that has no address, such as a sparse one
+WITHOUT_ADDRESS = RuntimeError, BufferError, TypeError  # what `describe` raises of a sparse tensor, and of None
 
 
 class TensorList(list):

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from growkit import reference
-from growkit.kernels.lists import WITHOUT_MEMORY, TensorList, describe
+from growkit.kernels.lists import WITHOUT_ADDRESS, TensorList, describe
 
 CHUNK = 4096
 
@@ -67,7 +67,7 @@ class Lists:
     def __init__(self, op, lists, *, written=(), parameter=(), offset=(), codes=None):
         try:
             told = [getattr(tensors, "told", None) or describe(tensors) for tensors in lists.values()]
-        except WITHOUT_MEMORY:
+        except WITHOUT_ADDRESS:
             _check(op, lists, codes or {})  # names a tensor on another device
             raise
         addresses, facts = zip(*told, strict=True)

@@ -10,7 +10,7 @@ from itertools import accumulate
 import torch
 
 from growkit import ops
-from growkit.kernels.lists import WITHOUT_MEMORY, TensorList, describe, identities
+from growkit.kernels.lists import WITHOUT_ADDRESS, TensorList, describe, identities
 from growkit.optim import distributed
 from growkit.optim.state import check_coded, check_updatable, dtype_of, ensure, has_master, held, is_coded
 
@@ -24,11 +24,12 @@ class Buckets:
     def __init__(self, name, codes):
         self._name, self._codes = name, codes
         self._kept = {}  # index of a group's first parameter -> _Kept
-        self._states = None, []  # which objects the state was, and they: another object cannot be at their place
         self.numbers = {}
+        self.clear()
 
     def clear(self):
         self._kept.clear()
+        self._states = None, []  # which objects the state was, and they: another object cannot be at their place
 
     def prepare(self, param_groups, states):
         """[(group, its buckets)], all state made. Raises for whatever a step could not use, before anything changes."""
@@ -66,7 +67,7 @@ class Buckets:
             sorted_ = self._sort(first, group, grads, [states.get(p) for p in group["params"]])
             buckets = [{**bucket, "g": _gradients(bucket, grads)} for bucket in sorted_]
             if keeping and all(bucket["complete"] for bucket in buckets):
-                with contextlib.suppress(*WITHOUT_MEMORY):
+                with contextlib.suppress(*WITHOUT_ADDRESS):
                     self._kept[first] = _Kept(group, params, grads, sorted_)
         return buckets
 
@@ -156,7 +157,7 @@ class _Kept:
         for bucket, seen in self._buckets:
             try:
                 now, g = _look(bucket, params, grads)
-            except WITHOUT_MEMORY:
+            except WITHOUT_ADDRESS:
                 return None
             if now != seen:
                 return None
