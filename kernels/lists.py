@@ -19,7 +19,9 @@ except (ImportError, AttributeError):  # not built, or a torch whose tensors lac
 
         Raises one of WITHOUT_ADDRESS.
         """
-        return array("q", map(torch.Tensor.data_ptr, tensors)).tobytes(), [list(map(of, tensors)) for of in _FACTS]
+        return array("q", map(torch.Tensor.data_ptr, tensors)).tobytes(), tuple(
+            tuple(map(of, tensors)) for of in _FACTS
+        )
 
     def identities(owner):
         """Which objects a list holds, or are the keys and values of the dictionaries in a dictionary."""

@@ -75,7 +75,7 @@ class Lists:
         first = next(iter(lists.values()))
         plan = getattr(first, "known", None)
         if plan is None or plan.made_of != made_of:
-            plan = _Plan(made_of, lists, _check(op, lists, codes or {}), parameter, offset)
+            plan = _kept(_plans, made_of, lambda: _Plan(made_of, lists, _check(op, lists, codes or {})))
             if isinstance(first, TensorList):
                 first.known = plan
         self.dtypes, table = plan.dtypes, plan.table
@@ -119,8 +119,9 @@ def _is_dense(t):
     return True
 
 
-# Tables, by what they are made from; beyond _KEPT the oldest goes. None holds a tensor of a caller.
+# Plans and their tables, by what they are made from; beyond _KEPT the oldest goes. None holds a tensor of a caller.
 _KEPT = 64
+_plans: dict = {}
 _tables: dict = {}
 # What CUDA graphs read at every replay. Nothing tells when a graph is gone, so it stays.
 _captured: list = []
@@ -153,18 +154,22 @@ def _check(op, lists, codes):
 class _Plan:
     """How lists go into one launch: what does not depend on where the tensors lie."""
 
-    def __init__(self, made_of, lists, dtypes, parameter, offset):
+    def __init__(self, made_of, lists, dtypes):
         self.made_of, self.dtypes = made_of, dtypes
         self.contiguous = all(t.is_contiguous() for tensors in lists.values() for t in tensors)
-        first = next(iter(lists.values()))
-        facts = first[0].device, tuple(t.numel() for t in first), (*parameter,), (*offset,)
-        key = CHUNK, *facts
-        self.table = _tables.get(key)
-        if self.table is None:
-            self.table = _Table(*facts)
-            if len(_tables) >= _KEPT:
-                del _tables[next(iter(_tables))]
-            _tables[key] = self.table
+        first, (parameter, offset) = next(iter(lists.values())), made_of[-2:]
+        facts = first[0].device, tuple(t.numel() for t in first), parameter, offset
+        self.table = _kept(_tables, (CHUNK, *facts), lambda: _Table(*facts))
+
+
+def _kept(cache, key, make):
+    found = cache.get(key)
+    if found is None:
+        found = make()
+        if len(cache) >= _KEPT:
+            del cache[next(iter(cache))]
+        cache[key] = found
+    return found
 
 
 _RUN_ONCE = "CUDA graph capture: run the same call once, outside of any capture, before each capture"
