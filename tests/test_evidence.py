@@ -209,6 +209,22 @@ def test_a_stage_ends_where_its_training_loss_falls_less():
     assert runs.fall(losses[:1000]) == pytest.approx(1 - 2**-0.1, abs=1e-3)
 
 
+@pytest.mark.parametrize("learns", [False, True])
+def test_the_rule_as_docs_growing_md_has_it(learns):
+    """A loop that looks after 8 steps grows a model that learns nothing, and leaves one that learns."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    page = (ROOT / "docs/growing.md").read_text()
+    loop = page[page.index("from growkit.growth import Schedule") :].partition("```")[0].replace("% 500", "% 8")
+    torch.manual_seed(0)
+    config = GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=64, n_positions=8, bos_token_id=0, eos_token_id=0)
+    model, tokens = GPT2LMHeadModel(config), torch.randint(64, (4, 8))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2 if learns else 0.0)
+    names = {"batches": [{"input_ids": tokens, "labels": tokens}] * 10, "model": model, "optimizer": optimizer}
+    exec(loop, names)
+    assert names["growths"] == (not learns) and names["model"].config.n_layer == (1 if learns else 4)
+
+
 def test_two_processes_do_not_run_the_same(tmp_path):
     from benchmarks.evidence import sophia
     from benchmarks.evidence.store import Store

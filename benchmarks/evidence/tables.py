@@ -275,12 +275,13 @@ def both_rows(results):
 
 
 def restart_rows(results):
-    as_always = results.losses(growth.restart(results.ask, next(iter(growth.RESTARTS))))
-    for arm in growth.RESTARTS:
-        config = growth.restart(results.ask, arm)
+    first, *others = [(arm, growth.restart(results.ask, arm)) for arm in growth.RESTARTS]
+    as_always = results.losses(first[1])
+    for arm, config in (first, *others):
         losses = results.losses(config)
         apart = as_always and losses and [b - a for a, b in zip(as_always, losses, strict=True)]
-        yield arm, config and f"{config['stages'][-1]['lr']:.2g}" or NONE, cell(losses), cell(apart)
+        lr = f"{config['stages'][-1]['lr']:.2g}" if config else NONE
+        yield arm, lr, cell(losses), "" if arm == first[0] else cell(apart)
 
 
 def when_rows(results):
