@@ -29,7 +29,7 @@ from setuptools.command.build_ext import build_ext
 ARCHS = "8.0;9.0;10.0;12.0+PTX"
 TORCH_TARGET = "0x020a000000000000"  # the oldest torch that the built extension runs with: 2.10
 SOURCES = ["csrc/bindings.cpp", "csrc/cpu.cpp", "csrc/lists.cpp"]
-CUDA_SOURCES = ["csrc/expand.cu", "csrc/mix.cu", "csrc/gather.cu", "csrc/split.cu"]
+CUDA_SOURCES = ["csrc/expand.cu", "csrc/mix.cu", "csrc/gather.cu"]
 CXX = shlex.split(os.environ.get("CXX") or "g++")
 INCLUDE = Path(sysconfig.get_paths()["include"])
 

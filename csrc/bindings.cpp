@@ -147,18 +147,6 @@ py::dict gather_plan_of(int64_t layers, int64_t rows, int64_t columns, int64_t e
   return plan;
 }
 
-py::dict split_plan_of(int64_t n, int64_t k, int64_t m, bool runs) {
-  check(n >= 0 && k >= 0 && m >= 0, "split_plan: sizes must not be negative");
-  const SplitPlan p = split_plan(n, k, m, runs);
-  py::dict plan;
-  plan["grid"] = p.blocks;
-  plan["block"] = kThreads;
-  plan["shared_bytes"] = 0;
-  plan["workspace"] = 12 * n * k * m;
-  plan["width"] = p.width;
-  return plan;
-}
-
 template <typename T>
 T* pointer(int64_t address) {
   return reinterpret_cast<T*>(static_cast<uintptr_t>(address));
@@ -222,8 +210,6 @@ PYBIND11_MODULE(_C, m) {
         "Launch of the mix's backward for elements of `size` bytes; workspace in bytes.");
   m.def("gather_plan", &gather_plan_of, py::arg("layers"), rows, columns, py::arg("element"), py::arg("whole"),
         "Launch of the gather for elements of so many bytes; whole: rows that are runs of 16-byte units.");
-  m.def("split_plan", &split_plan_of, py::arg("n"), py::arg("k"), py::arg("m"), py::arg("runs"),
-        "Launch of the 3xTF32 split; workspace: bytes of its result.");
 
   m.def("use_instructions", &use_instructions, py::arg("name"),
         "Choose the instruction set of the CPU kernels by torch's name for it; returns the name of the one taken.");

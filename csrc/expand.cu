@@ -290,28 +290,6 @@ void kron_gather_(Tensor out, Tensor X, std::optional<Tensor> layers, std::optio
   launcher.done();
 }
 
-void tf32_split_(Tensor out, Tensor X, bool right) {
-  constexpr const char* op = "tf32_split_";
-  STD_TORCH_CHECK(X.dim() == 3, op, ": X must be [n, k, m], got ", X.dim(), " dimensions");
-  check_place(op, "out", out, X);
-  const int64_t n = X.size(0), k = X.size(1), m = X.size(2);
-  check_shape(op, "out", out, {n, 3 * k, m});
-  STD_TORCH_CHECK(X.scalar_type() == ScalarType::Float && out.scalar_type() == ScalarType::Float && out.is_contiguous(),
-                  op, ": X must be float32, out contiguous float32");
-  if (X.numel() == 0) return;
-  // Runs: the k*m elements of one n are adjacent. A dimension of size 1 has no stride to speak of.
-  const bool run = (m == 1 || X.stride(2) == 1) && (k == 1 || X.stride(1) == m);
-  const bool runs = run && aligned(X.const_data_ptr(), 16) && aligned(out.const_data_ptr(), 16) &&
-                    (n == 1 || X.stride(0) % kVector == 0);
-  const SplitPlan plan = split_plan(n, k, m, runs);
-  STD_TORCH_CHECK(plan.blocks <= kMaxBlocks, op, ": X is too large for one launch");
-  const int64_t strides[3] = {X.stride(0), X.stride(1), X.stride(2)};
-  const Launcher launcher(op, X);
-  launch_split(static_cast<const float*>(X.const_data_ptr()), static_cast<float*>(out.mutable_data_ptr()), n, k, m,
-               strides, runs, right, plan, launcher.stream());
-  launcher.done();
-}
-
 #define GROWKIT_TEXT(x) #x
 #define GROWKIT_STRING(...) GROWKIT_TEXT((__VA_ARGS__))
 
@@ -326,7 +304,6 @@ STABLE_TORCH_LIBRARY_IMPL(growkit, CUDA, m) {
   m.impl("kron_mix_", TORCH_BOX(&kron_mix_));
   m.impl("kron_mix_backward_", TORCH_BOX(&kron_mix_backward_));
   m.impl("kron_gather_", TORCH_BOX(&kron_gather_));
-  m.impl("tf32_split_", TORCH_BOX(&tf32_split_));
 }
 
 }  // namespace growkit

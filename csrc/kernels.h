@@ -35,7 +35,5 @@ struct Gather {
 void launch_gather(const Gather& gather, const GatherPlan& plan, cudaStream_t stream);
 
 // x: [n, k, m] with these strides in elements; the strides are not read where the plan's width is not 1.
-void launch_split(const float* x, float* y, int64_t n, int64_t k, int64_t m, const int64_t strides[3], bool runs,
-                  bool right, const SplitPlan& plan, cudaStream_t stream);
 
 }  // namespace growkit

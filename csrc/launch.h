@@ -287,33 +287,4 @@ GROWKIT_HD GatherPlace gather_place(const GatherPlan& plan, int64_t block, int t
   return place;
 }
 
-// --- 3xTF32 split: [n, k, m] -> [n, 3k, m], three times the size of x, as one operand of a product over 3k
-
-struct SplitPlan {
-  int64_t width;  // elements per thread: 4 where n runs of k*m elements are aligned, else 1
-  int64_t blocks;
-};
-
-inline SplitPlan split_plan(int64_t n, int64_t k, int64_t m, bool runs) {
-  SplitPlan plan;
-  plan.width = runs && k * m % kVector == 0 ? kVector : 1;
-  plan.blocks = ceil_div(n * k * m / plan.width, kThreads);
-  return plan;
-}
-
-struct SplitPlace {
-  int64_t outer, inner;  // inner: within the k*m elements
-};
-
-GROWKIT_HD SplitPlace split_place(int64_t item, int64_t span, int64_t width) {
-  SplitPlace place;
-  divide(item * width, span, place.outer, place.inner);
-  return place;
-}
-
-// Where part 0, 1 or 2 of an element of x goes in the result.
-GROWKIT_HD int64_t split_target(const SplitPlace& place, int64_t span, int part) {
-  return (3 * place.outer + part) * span + place.inner;
-}
-
 }  // namespace growkit

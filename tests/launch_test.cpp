@@ -124,20 +124,6 @@ static void gather_case(int64_t layers, int64_t rows, int64_t columns, int64_t e
   each_once(writes, "gather", layers, rows, columns);
 }
 
-static void split_case(int64_t n, int64_t k, int64_t m, bool runs) {
-  const SplitPlan plan = split_plan(n, k, m, runs);
-  const int64_t span = k * m;
-  std::vector<int> writes(3 * n * span, 0);
-  for (int64_t item = 0; item < n * span / plan.width; ++item) {
-    EXPECT(item < plan.blocks * kThreads, "the grid covers item %ld", item);
-    const SplitPlace at = split_place(item, span, plan.width);
-    for (int part = 0; part < 3; ++part) {
-      for (int64_t i = 0; i < plan.width; ++i) ++writes[split_target(at, span, part) + i];
-    }
-  }
-  each_once(writes, "split", n, k, m);
-}
-
 static void backward_case(int64_t layers_in, int64_t layers_out, int64_t elements, int64_t size) {
   const MixBackwardPlan plan = mix_backward_plan(layers_in, layers_out, elements, size);
   EXPECT(plan.shared_bytes <= 99 * 1024, "shared memory %ld for %ld -> %ld", plan.shared_bytes, layers_in, layers_out);
@@ -175,8 +161,6 @@ int main() {
         gather_case(3, rows, columns, element, false);
         gather_case(2, rows, columns, element, true);
       }
-      split_case(3, rows, columns, false);
-      split_case(2, rows, columns, true);
     }
   }
   mix_launches();

@@ -72,7 +72,7 @@ def test_schemas_stay_in_python():
     code = "".join(path.read_text() for path in SOURCE.iterdir())
     assert not re.search(r"STABLE_TORCH_LIBRARY(_FRAGMENT)?\(", code)
     registered = set(re.findall(r'm\.impl\("(\w+)"', code))
-    assert registered == {"kron_mix_", "kron_mix_backward_", "kron_gather_", "tf32_split_"}
+    assert registered == {"kron_mix_", "kron_mix_backward_", "kron_gather_"}
     assert all(hasattr(torch.ops.growkit, name) for name in registered)
 
 
@@ -256,15 +256,13 @@ def test_mix_backward_stays_within_its_bounds(plans, layers_in, layers_out, elem
 @settings(max_examples=200, deadline=None)
 @given(n=st.integers(0, 2**12), k=st.integers(0, 2**14), m=st.integers(0, 2**12), flag=st.booleans(),
        element=st.sampled_from((1, 2, 4, 8)))  # fmt: skip
-def test_gather_and_split_cover_their_results(plans, n, k, m, flag, element):
-    gather, split = plans.gather_plan(n, k, m, element, flag), plans.split_plan(n, k, m, flag)
+def test_gather_covers_its_result(plans, n, k, m, flag, element):
+    gather = plans.gather_plan(n, k, m, element, flag)
     assert gather["unit"] == (16 if flag and m * element % 16 == 0 else element)
     thread = 4 * 16 * gather["unit"]  # bytes of its columns and rows
     assert gather["grid"] * gather["block"] * thread >= n * k * m * element
     if k >= 512 and m * element >= 4 * gather["unit"]:  # a warp's tile: at most half beyond the last row, and column
         assert (gather["grid"] - 1) * gather["block"] * thread < max(1, 4 * n * k * m * element)
-    assert split["grid"] * split["block"] * split["width"] >= n * k * m
-    assert split["workspace"] == 12 * n * k * m
 
 
 def test_plans_refuse_nonsense(plans):
@@ -300,10 +298,10 @@ def test_kernels_compile_without_spills(built):
     report = re.findall(
         r"Compiling entry function '(\w+)' for '(sm_\d+)'\n(.*?)Used (\d+) registers", built[1], re.DOTALL
     )
-    kernels = {re.search(r"(mix_backward|mix|gather|split|sum_partials)_kernel", name)[0] for name, *_ in report}
-    assert kernels == {"mix_kernel", "mix_backward_kernel", "gather_kernel", "split_kernel", "sum_partials_kernel"}
+    kernels = {re.search(r"(mix_backward|mix|gather|sum_partials)_kernel", name)[0] for name, *_ in report}
+    assert kernels == {"mix_kernel", "mix_backward_kernel", "gather_kernel", "sum_partials_kernel"}
     assert {arch for _, arch, *_ in report} == {"sm_80", "sm_90", "sm_100"}
-    assert len(report) == 3 * (5 + 3 + 5 + 2 + 1)
+    assert len(report) == 3 * (5 + 3 + 5 + 1)
     for name, arch, body, registers in report:
         assert STACK.search(body).groups() == ("0", "0", "0"), f"{name} on {arch} spills: {body}"
         assert int(registers) <= 255

@@ -5,6 +5,7 @@ Counts are of the weights of the blocks; embeddings are one plain product each. 
 
 from typing import NamedTuple
 
+from growkit.bench.scale import H200
 from growkit.kron import plan
 
 
@@ -80,8 +81,8 @@ def count(pair):
 
 
 def floor_seconds(counts, itemsize=4):
-    """Least time to read the small weights and write the large ones at plan.BANDWIDTH."""
-    return itemsize * (counts.small + counts.large) / plan.BANDWIDTH
+    """Least time to read the small weights and write the large ones at an H200's bandwidth."""
+    return itemsize * (counts.small + counts.large) / H200["copy"]
 
 
 def _short(number):
@@ -102,9 +103,8 @@ def main():
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
-    print(
-        "\nweights, then FLOPs of one expansion; floor: the weights read and written once in fp32 at 4.3 TB/s, assumed"
-    )
+    bandwidth = f"{H200['copy'] / 1e12:.2f} TB/s"
+    print(f"\nweights, then FLOPs of one expansion; floor: the weights read and written once in fp32 at {bandwidth}")
 
 
 if __name__ == "__main__":

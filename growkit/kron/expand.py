@@ -89,7 +89,7 @@ def forward(W, B, A, w, B_kind, A_kind, order, keep=False, precision=None):
         shape = [len(w), *_grown(X, maps, order[:-1])[1:]]
         last = X.new_empty([len(X), *shape[1:]]) if keep and len(order) > 1 else None
         W_new, depth = X.new_empty(shape), w.to(_wide(w)).contiguous()
-        # At "highest" the products take far longer than the traffic that panels save, and each would split X again.
+        # At "highest" the products take far longer than the traffic that panels save.
         for row, column, block in _blocks(X, maps, order[:-1], precision, last, panels=precision != "highest"):
             place = W_new.narrow(1, row, block.shape[1]).narrow(2, column, block.shape[2])
             mix_([place], [block], [depth], [depth.new_empty(0)] * 2)
@@ -119,8 +119,6 @@ def into(parts):
         if not out:
             continue
         maps, precision = {"B": (B, B_kind), "A": (A, A_kind)}, _resolve(precision, W)
-        if precision == "highest":
-            precision = "unsplit"  # growing happens once: the memory of split operands costs more than their time gains
         X, wide = W.contiguous(), _wide(W)
         none = W.new_empty(0, dtype=wide)
         before, mixed, after = order.partition("D")
@@ -335,59 +333,18 @@ def _narrow(G, M, kind, step, shape, precision):
 
 
 def _product(out, left, right, precision, add=None):
-    """out = left @ right (+ add), matrices or stacks of them.
-
-    precision: of float32 on CUDA, else None; "unsplit" is "highest" on CUDA cores.
-    """
+    """out = left @ right (+ add), matrices or stacks of them. precision: of float32 on CUDA, else None."""
     multiply, add_product = (torch.bmm, torch.baddbmm) if out.ndim == 3 else (torch.mm, torch.addmm)
     if precision == "medium":
         multiply(_bfloat16(left), _bfloat16(right), out_dtype=torch.float32, out=out)
         return out if add is None else out.add_(add)
-    if precision == "highest" and _own(out) and out.numel():
-        elements = sum(x[0].numel() if _is_repeated(x) else x.numel() for x in (left, right))
-        if plan.split_pays(out.numel() // out.shape[-1], out.shape[-1], left.shape[-1], elements):
-            return _split_product(out, left, right, add, 12 * elements)
     with _tf32(precision == "high", precision):
         return multiply(left, right, out=out) if add is None else add_product(add, left, right, out=out)
 
 
-def _split_product(out, left, right, add, split_bytes):
-    """`_product` as three TF32 products in one; what is split at a time is bounded by cutting the first axis of out."""
-    stacked = out.ndim == 3
-    if not stacked:
-        right = split_tf32(right, True, -2)
-    step = max(1, len(out) * plan.MEMORY_BYTES // max(split_bytes, plan.MEMORY_BYTES))
-    for start in range(0, len(out), step):
-        piece = slice(start, start + step)
-        operands = split_tf32(left[piece], False, -1), split_tf32(right[piece], True, -2) if stacked else right
-        with _tf32(True, "highest"):
-            if add is None:
-                (torch.bmm if stacked else torch.mm)(*operands, out=out[piece])
-            else:
-                (torch.baddbmm if stacked else torch.addmm)(add[piece], *operands, out=out[piece])
-    return out
-
-
-def _is_repeated(x):
-    return x.ndim == 3 and x.stride(0) == 0
-
-
 def _bfloat16(x):
-    return x[0].bfloat16().expand(x.shape) if _is_repeated(x) else x.bfloat16()
-
-
-def split_tf32(X, right, axis):
-    """`tf32_split_` of an operand along axis -1 or -2, which is the one summed over, with the operand's own layout."""
-    if _is_repeated(X):
-        return split_tf32(X[0], right, axis).expand(len(X), -1, -1)
-    if X.stride(-1) != 1 and X.stride(-2) == 1:
-        return split_tf32(X.mT, right, -3 - axis).mT
-    shape = list(X.shape)
-    shape[axis] *= 3
-    X = X.reshape(-1, X.shape[-1], 1) if axis == -1 else X.reshape(-1, *X.shape[-2:])
-    out = X.new_empty(len(X), 3 * X.shape[1], X.shape[2])
-    (torch.ops.growkit.tf32_split_ if _own(X) else reference.tf32_split_)(out, X, right)
-    return out.view(shape)
+    repeated = x.ndim == 3 and x.stride(0) == 0
+    return x[0].bfloat16().expand(x.shape) if repeated else x.bfloat16()
 
 
 @contextlib.contextmanager

@@ -101,16 +101,3 @@ TILE, MULTIPROCESSORS = 128, 132
 def stack_pays(m, n):
     """Whether a product of m x n results leaves multiprocessors idle, so that one with more rows would fill them."""
     return -(-m // TILE) * -(-n // TILE) < MULTIPROCESSORS
-
-
-# Rates of one H200 in FLOP/s and bytes/s: assumed, not measured.
-FLOAT32_RATE, TF32_RATE, BANDWIDTH = 50e12, 330e12, 4.3e12
-
-
-def split_pays(m, n, k, split_elements):
-    """Whether three TF32 products on split operands beat one in float32; split_elements: of the operands to be split.
-
-    m, n, k: of the product, batches multiplied into m. The split reads 4 bytes per element and writes 12.
-    """
-    flops = 2 * m * n * k
-    return 3 * flops / TF32_RATE + 16 * split_elements / BANDWIDTH < flops / FLOAT32_RATE

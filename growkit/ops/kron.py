@@ -26,7 +26,6 @@ define(
     reference.kron_gather_,
     lambda out, X, layers=None, rows=None, columns=None: None,
 )
-define("tf32_split_(Tensor(a!) out, Tensor X, bool right) -> ()", reference.tf32_split_, lambda out, X, right: None)
 
 PRECISIONS = ("highest", "high", "medium")
 
@@ -45,9 +44,7 @@ def kron_expand(W, B=None, A=None, w=None, *, B_kind="dense", A_kind="dense", sh
     sharing: "model"; or maps with a leading axis, one per large layer ("target", applied after the mix) or one per
        small layer ("source", before it). Two-dimensional maps are always shared.
     precision: of float32 products on CUDA, by the names of `torch.set_float32_matmul_precision`; None is what is set.
-       "highest"  float32 accuracy: cuBLAS on CUDA cores, or three TF32 products on operands split in two where
-                  `growkit._C` is present and `growkit.kron.plan` counts less time for them
-       "high"     TF32   "medium"   operands rounded to bfloat16, sums in float32
+       "highest"  float32   "high"   TF32   "medium"   operands rounded to bfloat16, sums in float32
     Returns [L2, o2, i2]. All floating point arguments have one dtype, which is the dtype of the result.
 
     Gradients for W, B, A and w (first derivatives only): G is mixed first, then every product runs on L1 layers.

@@ -3,7 +3,7 @@
 A file for each family of operators, on `random` and `blocks`, which all share.
 """
 
-from growkit.reference.kron import kron_gather_, kron_mix_, kron_mix_backward_, tf32_split_
+from growkit.reference.kron import kron_gather_, kron_mix_, kron_mix_backward_
 from growkit.reference.random import (
     CURVATURE_ROUNDING,
     LABELS,
@@ -50,5 +50,4 @@ __all__ = [
     "sophia_step_",
     "sophia_step_8bit_",
     "squared_norm",
-    "tf32_split_",
 ]

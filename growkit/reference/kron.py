@@ -1,7 +1,5 @@
 """The parts of `kron_expand` that have kernels of our own on CUDA."""
 
-import torch
-
 
 def kron_mix_(out, X, w, scale):
     """Depth mix + assemble of many stacks: out[l2] = row_scale[:, None] * column_scale * sum_l1 w[l2,l1] X[l1].
@@ -58,20 +56,3 @@ def kron_gather_(out, X, layers=None, rows=None, columns=None):
         if index is not None:
             X = X.index_select(axis, index)
     out.copy_(X)
-
-
-def tf32_split_(out, X, right):
-    """Write float32 X = hi + lo as TF32 parts side by side: one TF32 product over 3k then has float32 accuracy.
-
-    X: [n, k, m] float32, any strides   out: [n, 3k, m] contiguous: lo, hi, hi; with `right`: hi, lo, hi
-    left @ right sums lo*hi + hi*lo + hi*hi: what is missing is lo*lo, 2^-22 of the product. hi is X rounded to 11
-    significant bits (ties away from zero), lo the rest rounded likewise. X must be finite and below 3.4e38.
-    Deterministic. Traffic: 4 bytes in, 12 bytes out per element.
-    """
-    hi = _round_tf32(X)
-    lo = _round_tf32(X - hi)
-    torch.cat([hi, lo, hi] if right else [lo, hi, hi], 1, out=out)
-
-
-def _round_tf32(x):
-    return ((x.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)

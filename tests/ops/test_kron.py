@@ -409,7 +409,6 @@ KERNEL_CALLS = {
     "kron_gather_": lambda: (
         torch.empty(3, 5, 4), torch.randn(2, 3, 4), torch.tensor([1, 0, 1]), torch.tensor([2, 2, 0, 1, 1]), None,
     ),
-    "tf32_split_": lambda: (torch.empty(2, 9, 4), torch.randn(2, 3, 4), True),
 }  # fmt: skip
 
 
@@ -430,51 +429,3 @@ def test_small_operators_compute_what_they_say():
     out, X, layers, rows, _ = arguments = KERNEL_CALLS["kron_gather_"]()
     torch.ops.growkit.kron_gather_(*arguments)
     assert out.equal(X[layers][:, rows])
-
-
-def test_three_tf32_products_have_float32_accuracy():
-    left, right = torch.randn(64, 768), torch.randn(768, 96)
-    split = expand.split_tf32(left, False, -1), expand.split_tf32(right, True, -2)
-    for part in split:  # what tensor cores read: 10 bits of the fraction
-        assert (part.view(torch.int32) & 0x1FFF == 0).all()
-    exact = left.double() @ right.double()
-
-    def error(product):
-        return ((product - exact).abs().max() / exact.abs().max()).item()
-
-    assert error(split[0].double() @ split[1].double()) < 2**-21  # of the split alone
-    assert error(split[0] @ split[1]) <= 2 * error(left @ right)
-    assert error(split[0][:, 768 : 2 * 768] @ split[1][:768]) > 1e-4  # TF32 alone
-
-
-@pytest.mark.parametrize("axis", [-1, -2])
-@pytest.mark.parametrize("make", [
-    lambda: torch.randn(5, 6), lambda: torch.randn(6, 5).mT, lambda: torch.randn(3, 5, 6),
-    lambda: torch.randn(3, 6, 5).mT, lambda: torch.randn(5, 6).expand(3, 5, 6), lambda: torch.randn(3, 9, 6)[:, 2:7],
-])  # fmt: skip
-def test_split_takes_any_layout(make, axis):
-    X = make()
-    left, right = expand.split_tf32(X, False, axis), expand.split_tf32(X, True, axis)
-    lo, hi, again = left.chunk(3, axis)
-    assert hi.equal(again) and torch.cat([hi, lo, hi], axis).equal(right)
-    torch.testing.assert_close(hi + lo, X, rtol=2**-22, atol=0)
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-@every_case
-def test_split_products_enter_every_step(B_kind, A_kind, depth, sharing, shape, own_way, monkeypatch):
-    """Orchestration of precision="highest" as on CUDA; the products themselves are float32 here."""
-    monkeypatch.setattr(plan, "split_pays", lambda *_: True)
-    monkeypatch.setattr(plan, "MEMORY_BYTES", 20_000)
-    monkeypatch.setattr(expand, "_resolve", lambda precision, W: precision)
-    W, B, A, w, options = _case(B_kind, A_kind, depth, sharing, **SHAPES[shape])
-    inputs = [x.float() if x is not None and x.is_floating_point() else x for x in (W, B, A, w)]
-    _differentiable(*inputs, W, B, A, w)
-    exact = ops.kron_expand(W, B, A, w, **options)
-    G = torch.randn_like(exact)
-    pairs = [(x, y) for x, y in zip((W, B, A, w), inputs, strict=True) if x is not None and x.requires_grad]
-    fast = ops.kron_expand(*inputs, **options, precision="highest")
-    expected = torch.autograd.grad(exact, [x for x, _ in pairs], G)
-    got = torch.autograd.grad(fast, [y for _, y in pairs], G.float())
-    for x, y in zip((exact, *expected), (fast, *got), strict=True):
-        torch.testing.assert_close(y, x.float(), rtol=1e-5, atol=2e-6 * x.abs().max().item())

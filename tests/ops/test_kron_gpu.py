@@ -158,17 +158,6 @@ def test_small_gather_is_exact_to_the_bit(dtype, indexed):
             assert out.equal(expected)
 
 
-@pytest.mark.parametrize("right", [False, True])
-def test_small_split_has_the_bits_of_the_reference(right):
-    for n, k, m in ((1, 5, 1), (3, 64, 1), (1, 33, 100), (2, 7, 4), (4, 768, 3)):
-        X = randn(n, k, m) * 10.0 ** torch.randint(-20, 20, (n, k, m), device="cuda")
-        for source in (X, X.mT.contiguous().mT, torch.cat([X, X], 1)[:, 1 : k + 1]):
-            out, expected = (torch.empty(n, 3 * k, m, device="cuda") for _ in range(2))
-            torch.ops.growkit.tf32_split_(out, source, right)
-            reference.tf32_split_(expected, source, right)
-            assert out.equal(expected)
-
-
 KINDS = (None, "dense", "identity_top", "copy")
 
 
@@ -195,7 +184,6 @@ def relative(x, exact):
 def test_small_expansion_and_its_gradients(B_kind, A_kind, dtype, monkeypatch):
     monkeypatch.setattr(plan, "PANEL_BYTES", 6 * 96 * 4 * 20)
     monkeypatch.setattr(plan, "PANEL_WIDTH", 1)
-    monkeypatch.setattr(plan, "split_pays", lambda *_: True)
     inputs, options = case(B_kind, A_kind, (32, 96 if B_kind else 32), (24, 88 if A_kind else 24), 6, 12, dtype)
     exact_inputs = [None if x is None else double(x) for x in inputs]
     leaves = [

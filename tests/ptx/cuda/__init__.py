@@ -24,7 +24,7 @@ import growkit.ops  # noqa: F401, for the schemas
 ROOT = Path(__file__).parents[3]
 HOST = Path(__file__).with_name("host.cpp")
 ARCHS = (80, 90, 100)
-KERNELS = ("mix", "gather", "split")  # files of csrc
+KERNELS = ("mix", "gather")  # files of csrc
 _LAUNCH = ctypes.CFUNCTYPE(
     ctypes.c_int, ctypes.c_char_p, ctypes.c_uint, ctypes.c_uint, ctypes.c_size_t, ctypes.c_void_p
 )
