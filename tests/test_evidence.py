@@ -256,7 +256,7 @@ def test_the_pages_show_what_the_records_say():
 
 
 def test_sweep_runs_the_example(tmp_path):
-    words = "--tiny --steps 3 --alone 0 --trials 1 --batch 2 --arms AdamW SophiaG".split()
+    words = "--tiny --steps 3 --trials 1 --batch 2 --arms AdamW SophiaG".split()
     command = [sys.executable, "-m", "benchmarks.evidence.sweep", tmp_path / "out.jsonl", *words]
     subprocess.run(command, cwd=ROOT, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     first, *runs = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())

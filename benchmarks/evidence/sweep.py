@@ -1,10 +1,10 @@
 """examples/pretrain.py at 30 million parameters: each optimizer at the same number of learning rates, side by side.
 
-    python -m benchmarks.evidence.sweep OUT.jsonl [--steps 1000] [--at-once 12]
+    python -m benchmarks.evidence.sweep OUT.jsonl [--steps 1000] [--at-once 8]
 
 One line of JSON first, of the hardware and the text, then one a run, as it ends: its options, [step, held-out bits a
 byte, tokens/s] at each validation, and how far from clipped SophiaG was. tokens/s of runs that share a GPU say nothing;
-those of the two runs marked "alone", a few hundred steps before the others, are what an optimizer costs.
+`growkit bench N2` measures what a step costs.
 """
 
 import argparse
@@ -23,13 +23,8 @@ ROOT = Path(__file__).parents[2]
 # 31.8 M parameters; no dropout, for no run sees much of the text twice.
 CONFIG = {"n_layer": 10, "n_embd": 512, "n_head": 8, "n_positions": 256, "vocab_size": 256}
 CONFIG |= {"model_type": "gpt2", "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
-ARMS = {
-    "AdamW": ["--adamw"],
-    "SophiaG": [],
-    "SophiaG, no curvature": ["--rho", "1e-9", "--every", "1000000"],  # the sign of the momentum
-}
+ARMS = {"AdamW": ["--adamw"], "SophiaG": []}
 RATES = {"AdamW": (5e-4, 1e-3, 2e-3, 4e-3), "SophiaG": (1.25e-4, 2.5e-4, 5e-4, 1e-3)}
-RATES["SophiaG, no curvature"] = RATES["SophiaG"]
 LINE = re.compile(r"step +(\d+)  validation ([\d.na]+) bits a token  ([\d,]+) tokens/s (.*)")
 UNCLIPPED = re.compile(r"'[^']*unclipped[^']*': ([\d.]+)")
 
@@ -49,9 +44,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("out", type=Path, help="file that gets the lines of JSON")
     parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--alone", type=int, default=200, help="steps of the runs that have the GPU for themselves")
-    parser.add_argument("--at-once", type=int, default=12)
-    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--at-once", type=int, default=8)
+    parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--arms", nargs="*", default=list(ARMS), choices=list(ARMS))
     parser.add_argument("--trials", type=int, default=4, help="learning rates of each")
     parser.add_argument("--tiny", action="store_true", help="a model of 2 x 32: to see that all of it runs")
@@ -68,9 +62,7 @@ def main():
             print(json.dumps(line), file=out, flush=True)
 
         tell({**hardware(), "config": config, "text": text_hash(), "bytes": len(held)})
-        for arm in asked.arms if asked.alone else ():
-            tell({"alone": True} | train(folder, arm, RATES[arm][1], asked.alone, asked.alone, f"alone {arm}", options))
-        every = max(1, asked.steps // 3)
+        every = max(1, asked.steps // 2)
         with concurrent.futures.ThreadPoolExecutor(asked.at_once) as pool:
             # Middle rates first: they say most if time runs out.
             jobs = [(arm, RATES[arm][i]) for i in (1, 2, 0, 3)[: asked.trials] for arm in asked.arms]

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from growkit.bench import ceilings, instructions, kron, sampled_nll, sophia, sophia8bit
+from growkit.bench import ceilings, instructions, kron, sampled_nll, sophia, sophia8bit, training
 from growkit.bench.measure import Value, hardware, reason
 
 
@@ -77,6 +77,7 @@ def _workloads():
         add(f"refresh-gnb-{model}", "cuda", sophia.refresh_gnb, model)
     add("refresh-hutchinson-gpt2-xl", "cuda", sophia.refresh_hutchinson, "gpt2-xl")
     add("refresh-nll", "cuda", sampled_nll.refresh)
+    add("training-gpt2-small", "cuda", training.step)
     for model in ("gpt2-small", "gpt2-xl"):
         add(f"host-{model}", "cuda", sophia.host, model)
     add("host-instructions", "any", instructions.step_instructions)
@@ -177,6 +178,8 @@ _TABLE = (
     ("S11.gpt2-xl", "step(): clip inside / clip_grad_norm_ before", "update-clip-gpt2-xl", "<=", 0.80),
     ("N1.time", "sampled labels' loss and gradient: Categorical / growkit", "refresh-nll", "", 0),
     ("N1.memory", "the same, in peak memory", "refresh-nll", "", 0),
+    ("N2.refreshed", "training, gpt2-small, refresh every 10: SophiaG / fused AdamW", "training-gpt2-small", "", 0),
+    ("N2.update", "the same without the refresh", "training-gpt2-small", "", 0),
     *(
         (
             f"L1.{p}.top.highest",
