@@ -72,6 +72,9 @@ def setting(config, names=("lr", "beta1", "beta2", "rho", "other_lr", "weight_de
 def optimizer_rows(results):
     times = results.folder / "times.json"
     times = json.loads(times.read_text())["ratios"] if times.exists() else {}
+    adamw = sophia.tuned(results.ask, "adamw")
+    adamw = results.losses(adamw and adamw.config)
+    by = slope(adamw, results.losses(sophia.at_horizon(results.ask, "adamw", sophia.LONG)), sophia.LONG / sophia.SHORT)
     for name, title in NAMES.items():
         found = sophia.tuned(results.ask, name)
         if found is None:
@@ -83,30 +86,23 @@ def optimizer_rows(results):
             title,
             setting(found.config),
             cell(results.losses(found.config)),
-            gain(results, results.losses(found.config)),
+            gain(adamw, results.losses(found.config), by),
             cell(results.losses(longer)),
             "-" if None in unclipped else f"{statistics.fmean(unclipped):.2f}",
             f"{times[name]:.2f}" if name in times else NONE,
         )
 
 
-def slope(results):
-    """Bits that AdamW gains by each doubling of its steps, from the short horizon to the long one."""
-    short = sophia.tuned(results.ask, "adamw")
-    longer = sophia.at_horizon(results.ask, "adamw", sophia.LONG)
-    losses = results.losses(short and short.config), results.losses(longer)
-    if None in losses:
-        return None
-    return (statistics.fmean(losses[0]) - statistics.fmean(losses[1])) / math.log2(sophia.LONG / sophia.SHORT)
+def slope(short, long, ratio):
+    """Bits that AdamW gains by each doubling of its steps, from its losses at two horizons, `ratio` apart."""
+    return None if None in (short, long) else (statistics.fmean(short) - statistics.fmean(long)) / math.log2(ratio)
 
 
-def gain(results, losses):
-    """Steps of AdamW, over those of the short horizon, that would end at the same loss."""
-    adamw, by = results.losses(sophia.tuned(results.ask, "adamw").config), slope(results)
+def gain(adamw, losses, by):
+    """AdamW's steps, over those it took, that would end at these losses, where each doubling gains `by`."""
     if None in (adamw, losses, by):
         return NONE
-    gaps = [a - b for a, b in zip(adamw, losses, strict=True)]
-    return cell([2 ** (gap / by) for gap in gaps], 2)
+    return cell([2 ** ((a - b) / by) for a, b in zip(adamw, losses, strict=True)], 2)
 
 
 def optimizer_table(results):
@@ -160,19 +156,21 @@ CONTENDERS = {
 
 
 def million_rows(results):
+    adamw = sophia.at_million(results.ask, "adamw")
+    shorter = adamw and results.losses(sophia.shorter(adamw.config))
+    adamw = adamw and results.losses(adamw.config)
+    by = slope(shorter, adamw, sophia.MILLION_STEPS / sophia.SHORTER)
     for row in sophia.CONTENDERS:
         title, found = CONTENDERS.get(row) or NAMES[row], sophia.at_million(results.ask, row)
         if found is None:
-            yield title, *[NONE] * 6
+            yield title, *[NONE] * 7
             continue
-        trials = "; ".join(f"{rates(config)}: {bits:.3f}" for bits, config in found.trials)
+        trials = ", ".join(f"{setting(config, ('lr',))}: {bits:.3f}" for bits, config in found.trials)
         by_seed = [results.losses(found.config, [seed]) for seed in SEEDS]
-        known = [losses[0] for losses in by_seed if losses]
-        yield title, rates(found.config), trials, *(f"{x[0]:.3f}" if x else NONE for x in by_seed), cell(known)
-
-
-def rates(config):
-    return setting(config, ("lr", "other_lr"))
+        shown = (f"{each[0]:.3f}" if each else NONE for each in by_seed)
+        all_seeds = results.losses(found.config)
+        rates = setting(found.config, ("lr", "other_lr"))
+        yield title, rates, trials, *shown, cell(all_seeds), gain(adamw, all_seeds, by)
 
 
 # --- growth -----------------------------------------------------------------------------------------------------------
@@ -332,7 +330,8 @@ TABLES = {
     "details": lambda r: table(("optimizer", "change", "bits/byte", "apart from as tuned"), detail_rows(r)),
     "size": lambda r: table(("optimizer", "setting", "bits/byte"), size_rows(r)),
     "million": lambda r: table(
-        ("optimizer", "best", "trials on seed 0", *[f"seed {i}" for i in SEEDS], "bits/byte"), million_rows(r)
+        ("optimizer", "best", "trials on seed 0", *[f"seed {i}" for i in SEEDS], "bits/byte", "AdamW's steps, x"),
+        million_rows(r),
     ),
     "growth": lambda r: table(ARM, arm_rows(r, growth_arms(r))),
     "starts": lambda r: table(ARM, arm_rows(r, growth.start_arms(r.ask) | growth.more_start_arms(r.ask))),
