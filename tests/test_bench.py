@@ -14,7 +14,7 @@ import torch
 
 from growkit import ops, reference
 from growkit.__main__ import main
-from growkit.bench import instructions, kron, measure, sophia, table
+from growkit.bench import instructions, kron, measure, saved, sophia, table
 from growkit.kernels import cpu
 from growkit.kron import expand, plan
 
@@ -441,6 +441,11 @@ def test_a_slowed_kernel_fails_and_nothing_passes_in_silence(untraced, tmp_path,
     baseline.write_text(json.dumps(saved))
     other = regression_run(storage, *select)
     assert other.returncode != 0 and "this machine has" in other.stdout + other.stderr
+
+
+def test_page_of_the_gpu_shows_what_its_runs_saved():
+    files = sorted((ROOT / "benchmarks/results/nvidia-h200").glob("?-*.json"))
+    assert len(files) == 3 and saved.page(files) in (ROOT / "docs/h200.md").read_text()
 
 
 # --- what waits for a GPU --------------------------------------------------------------------------------------------

@@ -55,6 +55,7 @@ PRECISIONS = {
     "high": (torch.float32, "high", 2e-3),
     "medium": (torch.bfloat16, "highest", 3e-2),
 }
+CUBLAS_ERROR = 4e-6  # of "highest" on CUDA: cuBLAS's own float32 is up to 2.3e-6 off at these sizes, seen on an H200
 
 
 class Problem:
@@ -282,9 +283,11 @@ def error(problem, expand):
 
 def check_expansion(problem, precision, expand=growkit_expand):
     """Raise AssertionError unless fresh small weights are expanded as in float64, every element of it written."""
-    _, _, allowed = PRECISIONS[precision]
+    _, mode, allowed = PRECISIONS[precision]
+    if precision == "highest" and problem.device.type == "cuda":
+        allowed = CUBLAS_ERROR
     problem.renew()
-    with torch.no_grad(), poisoned(), matmul_precision(PRECISIONS[precision][1]):
+    with torch.no_grad(), poisoned(), matmul_precision(mode):
         found = error(problem, expand)
     if not found <= allowed:
         raise AssertionError(f"{expand.__name__} is off by {found:.1e} of the largest element, allowed {allowed:.0e}")
