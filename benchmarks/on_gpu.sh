@@ -1,29 +1,30 @@
 #!/usr/bin/env bash
 # All that needs a GPU, in under 9 minutes, with no network, the most valuable part first.
-#   benchmarks/on_gpu.sh [--dry-run] [FOLDER]
-# FOLDER (default benchmarks/results/<hardware>) gets at most 8 files. Each part has a limit of time and writes as it
-# goes, so a part that is cut short keeps what it has. Exit code 1 if a part failed or was cut short. PYTHON= picks the
-# interpreter: it needs torch with CUDA, triton, transformers, pytest, pytest-benchmark, and for the extension nvcc,
-# ninja, pybind11, setuptools.
+#   benchmarks/on_gpu.sh [--dry-run] [FOLDER [PART ...]]
+# FOLDER (default benchmarks/results/<hardware>) gets at most 8 files. PART: those to run (default all but tune). Each has
+# a limit of time and writes as it goes, so one that is cut short keeps what it has. Exit code 1 if a part failed or was
+# cut short. PYTHON= picks the interpreter: it needs torch with CUDA, triton, transformers, pytest, pytest-benchmark, and
+# for the extension nvcc, ninja, pybind11, setuptools.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 dry=
 [ "${1:-}" = --dry-run ] && { dry=yes; shift; }
 
-# name, expected minutes, limit in seconds, what
-parts='install|0.6|75|build and install, versions, nvidia-smi
-tests|1.5|150|pytest tests -m gpu, then the tests of the kernels on the GPU
-sanitizer|0.0|150|beside them: compute-sanitizer memcheck, racecheck, initcheck on small shapes
-sophia|1.3|130|ceilings, S1 to S11
-expansion|1.4|110|L1 to L7
-tune|0.7|60|grid of launch parameters of the update, 124M and 1.5B'
+# name, expected minutes (of one H200), limit in seconds, what
+parts='install|0.5|50|build and install, versions, nvidia-smi
+tests|2.0|130|pytest tests -m gpu, then the tests of the kernels on the GPU
+sanitizer|0.0|130|beside them: compute-sanitizer memcheck, racecheck, initcheck on small shapes
+pretrain|2.3|165|examples/pretrain.py at 30 M parameters, 8 runs side by side
+sophia|1.8|125|ceilings, S1 to S11, N1, N2
+expansion|0.9|65|L1 to L7'
+tune='tune|0.5|60|grid of launch parameters of the update, 124M and 1.5B'
 
 if [ -n "$dry" ]; then
     printf '%-10s %8s %8s  %s\n' part minutes 'at most' what
     while IFS='|' read -r name minutes limit what; do
         printf '%-10s %8s %6s s  %s\n' "$name" "$minutes" "$limit" "$what"
-    done <<<"$parts"
+    done <<<"$parts"$'\n'"$tune"
     awk -F'|' '{ m += $2; s += $2 ? $3 : 0 } END { printf "%-10s %8.1f %6d s\n", "all", m, s }' <<<"$parts"
     exit 0
 fi
@@ -65,6 +66,8 @@ sophia() { bench sophia.json copy fill mm bmm S1 S4 S2 S5 S6 S7 S8 S9 S10.host S
 
 expansion() { bench expansion.json L1 L3.gpt2-medium L2.gpt2-medium L5 L6 L3 L4.literal L2 L7 L4; }
 
+pretrain() { OMP_NUM_THREADS=1 "$python" -m benchmarks.evidence.sweep "$folder/pretrain.jsonl"; }
+
 tune() { "$python" benchmarks/tune.py "$folder/tune.jsonl"; }
 
 # Small shapes through every kernel, each call checked in float64: every other workload, from the first or the second.
@@ -84,7 +87,7 @@ sanitizer() {
         for half in 0 1; do
             {
                 log=$folder/$tool-$half.log
-                PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 140 compute-sanitizer --tool "$tool" --error-exitcode 9 \
+                PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 120 compute-sanitizer --tool "$tool" --error-exitcode 9 \
                     "$python" -c "$small" "$half" >"$log" 2>&1
                 echo "exit code $?" >>"$log"
             } &
@@ -103,7 +106,7 @@ sanitizer() {
                 tail -n 40 "$log"
                 bad=1
                 ;;
-            "exit code 124:"*) echo "$tool: cut short after 140 s, so not finished"; tail -n 5 "$log" ;;
+            "exit code 124:"*) echo "$tool: cut short after 120 s, so not finished"; tail -n 5 "$log" ;;
             *) echo "$tool: this machine refuses it, skipped:"; tail -n 5 "$log" ;;
         esac
         rm "$log"
@@ -142,16 +145,30 @@ if [ -z "$folder" ]; then
 fi
 mkdir -p "$folder"
 folder=$(cd "$folder" && pwd)
+shift $(($# > 0))
+if [ $# -gt 0 ]; then
+    parts=$(for name; do grep "^$name|" <<<"$parts"$'\n'"$tune" || { echo "no part $name, see --dry-run" >&2; exit 1; }; done) ||
+        exit 1
+fi
 failed=0 beside=
-while IFS='|' read -r name minutes limit what; do
-    case $name in
-        tests) run "$name" "$limit" "$what" </dev/null & beside=$! ;;
-        sanitizer) run "$name" "$limit" "$what" </dev/null || failed=1; wait "$beside" || failed=1 ;;
-        *) run "$name" "$limit" "$what" </dev/null || failed=1 ;;
-    esac
+finish() {
+    [ -z "$beside" ] || wait "$beside" || failed=1
+    beside=
+}
+while IFS='|' read -r name _ limit what; do
+    [ "$name" = sanitizer ] || finish
+    if [ "$name" = tests ]; then
+        run "$name" "$limit" "$what" </dev/null &
+        beside=$!
+    else
+        run "$name" "$limit" "$what" </dev/null || failed=1
+    fi
 done <<<"$parts"
+finish
 # Two files of text are enough: the tables are in sophia.txt and expansion.txt, what passed in tests.txt.
-cat "$folder/install.txt" "$folder/tests.txt" >"$folder/tests.txt.part" && mv "$folder/tests.txt.part" "$folder/tests.txt"
-rm -f "$folder/install.txt"
+if [ -f "$folder/install.txt" ] && [ -f "$folder/tests.txt" ]; then
+    cat "$folder/install.txt" "$folder/tests.txt" >"$folder/tests.txt.part" && mv "$folder/tests.txt.part" "$folder/tests.txt"
+    rm "$folder/install.txt"
+fi
 ls -l "$folder"
 exit $failed

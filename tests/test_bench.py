@@ -456,7 +456,8 @@ def test_on_gpu_lists_its_parts_within_nine_minutes():
     done = subprocess.run([script, "--dry-run"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     *parts, total = done.stdout.splitlines()[1:]
-    assert [line.split()[0] for line in parts] == ["install", "tests", "sanitizer", "sophia", "expansion", "tune"]
+    names = ["install", "tests", "sanitizer", "pretrain", "sophia", "expansion", "tune"]
+    assert [line.split()[0] for line in parts] == names
     assert float(total.split()[1]) < int(total.split()[2]) / 60 < 9
 
 
@@ -483,21 +484,33 @@ FAKE_PYTHON = """#!/usr/bin/env bash
 case "$*" in
     *"-m gpu"*) exit 5 ;;                      # nothing selected: no failure
     *table.run*) echo '{}' >"$3" ;;            # the first argument of what -c runs
-    *tune.py*) echo '{}' >"${@: -1}"; exit 3 ;;
+    *tune.py* | *sweep*) echo '{}' >"${@: -1}"; exit 3 ;;
 esac
 """
 
 
-def test_on_gpu_keeps_what_a_failed_part_wrote(tmp_path):
-    python = tmp_path / "python"
+def on_gpu(folder, *parts):
+    python = folder / "python"
     python.write_text(FAKE_PYTHON)
     python.chmod(0o755)
-    words = [ROOT / "benchmarks" / "on_gpu.sh", tmp_path / "out"]
+    words = [ROOT / "benchmarks" / "on_gpu.sh", folder / "out", *parts]
     done = subprocess.run(words, env=os.environ | {"PYTHON": str(python)}, capture_output=True, text=True)
-    assert done.returncode == 1 and "tune: FAILED with exit code 3" in done.stdout
-    files = {path.name for path in (tmp_path / "out").iterdir()}
-    assert {"tests.txt", "sophia.json", "sophia.txt", "expansion.json", "tune.jsonl", "sanitizer.txt"} <= files
+    return done, {path.name for path in (folder / "out").iterdir()}
+
+
+def test_on_gpu_keeps_what_a_failed_part_wrote(tmp_path):
+    done, files = on_gpu(tmp_path)
+    assert done.returncode == 1 and "pretrain: FAILED with exit code 3" in done.stdout and "tune" not in done.stdout
+    assert {"tests.txt", "sophia.json", "sophia.txt", "expansion.json", "pretrain.jsonl", "sanitizer.txt"} <= files
     assert len(files) <= 8
+
+
+def test_on_gpu_runs_the_parts_that_are_asked_for(tmp_path):
+    done, files = on_gpu(tmp_path, "expansion", "tune")
+    assert "tune: FAILED with exit code 3" in done.stdout
+    assert files == {"expansion.json", "expansion.txt", "tune.jsonl", "tune.txt"}
+    done, _ = on_gpu(tmp_path, "exspansion")
+    assert done.returncode == 1 and "no part exspansion" in done.stderr
 
 
 def test_every_point_of_the_tuning_grid_computes_the_update(monkeypatch):

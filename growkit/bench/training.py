@@ -51,7 +51,7 @@ def step(device, tiny=False):
             raise AssertionError("ten steps left a parameter as it was, or the loss is not a number")
 
     def rows(rounds):
-        pairs = paired({name: train(name) for name in models}, "wall", min(rounds, 9), sample=0)
+        pairs = paired({name: train(name) for name in models}, "wall", min(rounds, 5), sample=0)
         return {
             "N2.refreshed": pairs.ratio("SophiaG", "fused AdamW"),
             "N2.update": pairs.ratio("SophiaG, no refresh", "fused AdamW"),
