@@ -18,7 +18,7 @@ sanitizer|0.0|130|beside them: compute-sanitizer memcheck, racecheck, initcheck 
 pretrain|2.3|165|examples/pretrain.py at 30 M parameters, 8 runs side by side
 sophia|1.8|125|ceilings, S1 to S11, N1, N2
 expansion|0.9|65|L1 to L7'
-tune='tune|0.5|60|grid of launch parameters of the update, 124M and 1.5B'
+tune='tune|0.7|70|what is still to be decided by time: benchmarks/tune.py'
 
 if [ -n "$dry" ]; then
     printf '%-10s %8s %8s  %s\n' part minutes 'at most' what

@@ -523,6 +523,16 @@ def test_every_point_of_the_tuning_grid_computes_the_update(monkeypatch):
     lists = sophia.Lists("ragged", "cuda" if torch.cuda.is_available() else "cpu", tiny=True)
     grid = {"block": (128, 256), "warps": (4,), "chunk": (256, 512), "programs": (0, 2)}
     for point in tune.points(grid):
-        with tune.launched_with(**point, processors=1):
+        with tune.launched_with(**point):
             sophia.check_update(lists, lambda: tune.sophia.sophia_step_(*lists.lists, eps=1e-15, **sophia.SCALARS))
     assert tune.multi_tensor.CHUNK == 4096 and tune.sophia.PROGRAMS is None
+
+
+@pytest.mark.parametrize("study", ["mixed", "panels", "host"])
+def test_studies_of_tune_run(study, monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import tune
+
+    lines = list(tune.STUDIES[study]("cuda" if torch.cuda.is_available() else "cpu", tiny=True))
+    assert len(lines) == {"mixed": 6, "panels": 6, "host": 1}[study] and all(len(line) == 3 for line in lines)
