@@ -84,7 +84,12 @@ DETAILS = {
     "nesterov": {"no curvature": {"rho": 1e-9}},
 }
 LONG_DETAILS = {
-    "mixed": {"no curvature": {"rho": 1e-9}, "beta1 0.9": {"beta1": 0.9}},
+    "mixed": {
+        "no curvature": {"rho": 1e-9},
+        "beta1 0.9": {"beta1": 0.9},
+        "decay over the last 20 %": {"decay": 0.2},
+        "no curvature, decay over the last 20 %": {"rho": 1e-9, "decay": 0.2},
+    },
     "nesterov": {"no curvature": {"rho": 1e-9}},
     "sophiag": {
         "no curvature": {"rho": 1e-9},
@@ -93,6 +98,7 @@ LONG_DETAILS = {
     },
     "adamw": {
         EMBEDDINGS: {"other_lr": 4e-3},
+        f"{EMBEDDINGS}, decay over the last 20 %": {"other_lr": 4e-3, "decay": 0.2},
         "beta1 0.9": {"beta1": 0.9},
         "decay over the last 20 %": {"decay": 0.2},
         "decay over the last 60 %": {"decay": 0.6},
