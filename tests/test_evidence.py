@@ -219,8 +219,8 @@ def test_the_rule_as_docs_growing_md_has_it(learns):
     torch.manual_seed(0)
     config = GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=64, n_positions=8, bos_token_id=0, eos_token_id=0)
     model, tokens = GPT2LMHeadModel(config), torch.randint(64, (4, 8))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2 if learns else 0.0)
-    names = {"batches": [{"input_ids": tokens, "labels": tokens}] * 10, "model": model, "optimizer": optimizer}
+    names = {"model": model, "new_optimizer": lambda m: torch.optim.AdamW(m.parameters(), lr=1e-2 if learns else 0.0)}
+    names |= {"batches": [{"input_ids": tokens, "labels": tokens}] * 10, "optimizer": names["new_optimizer"](model)}
     exec(loop, names)
     assert names["growths"] == (not learns) and names["model"].config.n_layer == (1 if learns else 4)
 

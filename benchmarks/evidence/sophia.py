@@ -88,7 +88,6 @@ LONG_DETAILS = {
         "no curvature": {"rho": 1e-9},
         "beta1 0.9": {"beta1": 0.9},
         "decay over the last 20 %": {"decay": 0.2},
-        "no curvature, decay over the last 20 %": {"rho": 1e-9, "decay": 0.2},
     },
     "nesterov": {"no curvature": {"rho": 1e-9}},
     "sophiag": {
