@@ -138,7 +138,7 @@ def test_what_the_commands_of_the_other_pages_name_exists(page, capsys):
             assert all(word in options for word in words[2:] if word.startswith("--")), words
         elif words[:2] == ["python", "-m"]:
             assert importlib.util.find_spec(words[2]), words
-        elif words[0] in ("python", "torchrun", "bash"):
+        elif words[0] in ("python", "torchrun", "bash") or words[0].endswith(".sh"):
             (script,) = [word for word in words if word.endswith((".py", ".sh"))]
             assert (ROOT / script).exists(), words
         elif words[0] == "make":
