@@ -56,10 +56,8 @@ COMMANDS = {
     "make test": ("make test ARGS=tests/test_text.py", "passed"),
     "make docs": ("make docs ARGS='--site-dir {here}/site'", ""),
     "make bench": ("make bench ARGS='-k cpu-expand-query --rounds 1 --benchmark-storage=file://{here}/runs'", "passed"),
-    "OMP_NUM_THREADS=1 growkit bench C1.compiled": ("growkit bench C1.compiled", "C1.compiled"),
 }
-# 20 s and more, or the words of another row in a longer way.
-SLOW = ("make demo", "make docs", "make bench", "OMP_NUM_THREADS=1 growkit bench C1.compiled")
+SLOW = ("make demo", "make docs", "make bench")  # 20 s and more
 
 
 def commands(page):
