@@ -148,6 +148,7 @@ CONTENDERS = {
     "sophiag": ("sophiag", {}),
     "lion": ("lion", {}),
     "sign": ("sign", {}),
+    "nesterov": ("nesterov", {}),
 }
 
 
