@@ -2,7 +2,7 @@
 
     python -m growkit.bench.saved benchmarks/results/nvidia-h200/?-*.json [--write docs/h200.md]
 
-Of a row that several runs measured the last one's figure counts; the runs are told apart by their commit.
+Of a row that several runs measured the last one's figure counts; a run goes by the name of its file, number and commit.
 """
 
 import argparse
@@ -23,12 +23,12 @@ def page(files):
         run = json.loads(file.read_text())
         for row in run["rows"]:
             if "value" in row or "value" not in last.get(row["id"], (None, {}))[1]:
-                last[row["id"]] = run["commit"], row
+                last[row["id"]] = file.stem, row
     rows = [_row(row) for _, row in last.values()]
     by = {}
-    for id, (commit, _) in last.items():
-        by.setdefault(commit, []).append(id)
-    return "\n".join([render(rows), "", *(f"- commit {commit}: {', '.join(ids)}" for commit, ids in by.items()), ""])
+    for id, (run, _) in last.items():
+        by.setdefault(run, []).append(id)
+    return "\n".join([render(rows), "", *(f"- run {run}: {', '.join(ids)}" for run, ids in by.items()), ""])
 
 
 def _row(row):
@@ -46,7 +46,10 @@ def main():
     asked = parser.parse_args()
     made = page(asked.files)
     if asked.write:
-        asked.write.write_text(TABLE.sub(lambda match: match[1] + made + match[2], asked.write.read_text()))
+        text, found = TABLE.subn(lambda match: match[1] + made + match[2], asked.write.read_text())
+        if not found:
+            parser.error(f"--write: {asked.write} has no <!-- runs --> and <!-- end --> after it")
+        asked.write.write_text(text)
     else:
         print(made)
 
