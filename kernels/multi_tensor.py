@@ -175,13 +175,10 @@ def _kept(cache, key, make):
 _RUN_ONCE = "CUDA graph capture: run the same call once, outside of any capture, before each capture"
 
 
-def _capturing(device):
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
 class _Table:
     def __init__(self, device, numel, parameter, offset):
-        if _capturing(device):
+        self._device, self._cuda = device, device.type == "cuda"
+        if self._capturing():
             raise RuntimeError(_RUN_ONCE)
         zeros = (0,) * len(numel)
         counts = torch.tensor([-(-n // CHUNK) for n in numel])
@@ -189,13 +186,13 @@ class _Table:
         number = torch.arange(len(tensor)) - (counts.cumsum(0) - counts)[tensor]
         self.facts = torch.tensor([numel, parameter or zeros, offset or zeros]).to(device)
         self.chunks = torch.stack((tensor, number)).to(device, torch.int32)
-        self.count, self._length, self._device, self._cuda = len(tensor), len(numel), device, device.type == "cuda"
+        self.count, self._length = len(tensor), len(numel)
         self._sent = {}  # (number of lists, stream) -> (addresses on the device, the lists that they were sent from)
         self._spare = {}  # number of lists -> pinned memory for the next capture, which must not allocate any
 
     def addresses(self, found):
         """`found`, the addresses of each list, as int64 [lists, T] on the device."""
-        if self._cuda and torch.cuda.is_current_stream_capturing():
+        if self._capturing():
             return self._capture(found)
         # One copy per stream: a step on another stream must not overwrite what a kernel of this one still reads.
         key = len(found), torch.cuda.current_stream(self._device).cuda_stream if self._cuda else 0
@@ -215,6 +212,9 @@ class _Table:
                 there[k].copy_(here.pin_memory() if self._cuda else here, non_blocking=True)
                 sent[k] = addresses
         return there
+
+    def _capturing(self):
+        return self._cuda and torch.cuda.is_current_stream_capturing()
 
     def _capture(self, found):
         """Addresses for a graph, which sends them anew at each replay: from memory, to memory, that are its own."""
