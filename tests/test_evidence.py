@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import growkit
 
@@ -22,6 +23,18 @@ pytest.importorskip("sklearn")
 @pytest.fixture(autouse=True)
 def _importable(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT))
+
+
+@pytest.fixture
+def short_text(monkeypatch):
+    from benchmarks.evidence import runs
+
+    monkeypatch.setattr(runs, "MARKED", 4)
+    monkeypatch.setattr(runs, "VALIDATED", 8)
+    monkeypatch.setattr(runs, "text", lambda: bytes(range(97, 123)) * 1000)
+    runs.corpus.cache_clear()
+    yield
+    runs.corpus.cache_clear()
 
 
 def small_problem(seed=0):
@@ -118,21 +131,16 @@ STUDIES = (
 
 
 @pytest.mark.parametrize("study", STUDIES)
-def test_each_kind_of_run_of_each_study(study, tmp_path, monkeypatch):
+def test_each_kind_of_run_of_each_study(study, tmp_path, short_text):
     """At a thousandth of its size: it trains, counts what it spends, and is there for the next that asks."""
     from benchmarks.evidence import __main__ as command
-    from benchmarks.evidence import runs
     from benchmarks.evidence.store import Store
 
     assert set(STUDIES) == set(command.STUDIES)
-    monkeypatch.setattr(runs, "MARKED", 4)
-    monkeypatch.setattr(runs, "VALIDATED", 8)
-    monkeypatch.setattr(runs, "text", lambda: bytes(range(97, 123)) * 1000)
-    runs.corpus.cache_clear()
     kinds = {}
     for config in answers(study, by_rate, 1e-3):
         stage = config["stages"][-1]
-        kind = tuple(stage.get(name) for name in ("optimizer", "start", "fit", "carry", "arm"))
+        kind = tuple(stage.get(name) for name in ("optimizer", "start", "fit", "carry", "arm", "cosine"))
         kind += ("fall" in config["stages"][0], bool(config["stages"][0]["decay"]))
         kinds[kind] = config
     store = Store(tmp_path)
@@ -146,7 +154,6 @@ def test_each_kind_of_run_of_each_study(study, tmp_path, monkeypatch):
         assert store.get(config) == record == json.loads(json.dumps(record))
         if config["task"] == "lm" and "flops" in config["stages"][-1] and record["steps"] > 8:
             assert record["flops"] <= 1.1 * config["stages"][-1]["flops"]
-    runs.corpus.cache_clear()
 
 
 DONE = set()
@@ -223,6 +230,23 @@ def test_the_rule_as_docs_growing_md_has_it(learns):
     names |= {"batches": [{"input_ids": tokens, "labels": tokens}] * 10, "optimizer": names["new_optimizer"](model)}
     exec(loop, names)
     assert names["growths"] == (not learns) and names["model"].config.n_layer == (1 if learns else 4)
+
+
+def test_a_cosine_goes_from_the_end_of_warm_up_to_its_share_of_the_rate(short_text):
+    from benchmarks.evidence import runs, search
+
+    rates = []
+    hook = register_optimizer_step_pre_hook(lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"]))
+    stage = {"size": "1x16", "lr": 2.0**-10, "beta2": 0.99, "steps": 44, "warmup": 4}
+    for last in ({}, {"cosine": 0.0}, {"cosine": 0.1}):
+        runs.lm(search.config(stage | last, batch=1))
+    hook.remove()
+    line, to_0, to_a_tenth = (torch.tensor(rates[i : i + 44]) * 2**10 for i in (0, 44, 88))
+    assert line[4:27].tolist() == [1.0] * 23 and line[-1] == pytest.approx(1 / (0.4 * 44))
+    assert to_0[:5].tolist() == to_a_tenth[:5].tolist() == line[:5].tolist() == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert to_0[4 + 10].item() == pytest.approx((1 + 2**-0.5) / 2) and to_0[4 + 20].item() == pytest.approx(0.5)
+    assert 0 < to_0[-1] < 0.002 and (to_0.diff()[4:] < 0).all()
+    torch.testing.assert_close(to_a_tenth[4:], 0.1 + 0.9 * to_0[4:])
 
 
 def test_two_processes_do_not_run_the_same(tmp_path):

@@ -4,10 +4,10 @@
 
 A stage trains one model: {"size": "2x64", "optimizer": "adamw", "lr": 4e-3, "beta1": 0.9, ...} with, for its end,
 "steps" (of this stage) or "flops" (of the whole run, everything counted), "warmup" in steps and "decay", the share at
-whose end the learning rate is 0 (0: constant). With "look" and "fall", a constant stage ends earlier: at the first
-multiple of "look" steps where its training loss falls by less than this share as its steps double. All but the first
-stage grow the model of the one before: "start" is a start of `growkit.LiGO`, "fit" its steps, "carry" whether the
-optimizer's state is grown too.
+whose end the learning rate is 0 (0: constant); "cosine", in its place: the share of the rate at which a cosine from the
+end of warm-up ends. With "look" and "fall", a constant stage ends earlier: at the first multiple of "look" steps where
+its training loss falls by less than this share as its steps double. All but the first stage grow the model of the one
+before: "start" is a start of `growkit.LiGO`, "fit" its steps, "carry" whether the optimizer's state is grown too.
 """
 
 import functools
@@ -63,14 +63,21 @@ def shape(size):
 
 
 class Run(demo.Run):
-    """The demo's, whose points tell how far from clipped a Sophia is."""
+    """The demo's, whose points tell how far from clipped a Sophia is, and whose learning rate may fall in a cosine."""
 
-    optimizer = None
+    optimizer, cosine = None, None  # cosine: the share of the rate that it ends at
 
     def mark(self, model, phase):
         super().mark(model, phase)
         if hasattr(self.optimizer, "stats"):
             self.points[-1]["unclipped"] = self.optimizer.stats().get("unclipped")
+
+    def decay(self, step, steps):
+        if self.cosine is None:
+            return super().decay(step, steps)
+        warmup = self.warmup(steps)
+        through = max(0, step - warmup) / max(1, steps - warmup)
+        return self.cosine + (1 - self.cosine) * (1 + math.cos(math.pi * through)) / 2
 
 
 def settings(config, stage):
@@ -88,6 +95,7 @@ def lm(config, begun=None):
     data, validation = corpus(config["context"], config["batch"])
     stage = config["stages"][-1]
     run = Run(settings(config, stage), data, config["seed"], "cpu")
+    run.cosine = stage.get("cosine")
     if begun is None:
         model, grown_optimizer = run.new_model(shape(stage["size"])), None
     else:

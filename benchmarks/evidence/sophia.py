@@ -68,6 +68,8 @@ SHAPES = {
     "decay over the last 20 %": {"decay": 0.2},
     "decay over the last 60 %": {"decay": 0.6},
     "linear decay": {"decay": 1.0},
+    "cosine to 0": {"cosine": 0.0},
+    "cosine to a tenth": {"cosine": 0.1},
 }
 # name: what changes in the tuned setting
 DETAILS = {
@@ -94,6 +96,7 @@ LONG_DETAILS = {
         "no curvature": {"rho": 1e-9},
         "decay over the last 20 %": {"decay": 0.2},
         "decay over the last 60 %": {"decay": 0.6},
+        "cosine to 0": {"cosine": 0.0},
     },
     "adamw": {
         EMBEDDINGS: {"other_lr": 4e-3},
@@ -101,6 +104,7 @@ LONG_DETAILS = {
         "beta1 0.9": {"beta1": 0.9},
         "decay over the last 20 %": {"decay": 0.2},
         "decay over the last 60 %": {"decay": 0.6},
+        "cosine to 0": {"cosine": 0.0},
     },
 }
 

@@ -123,8 +123,16 @@ class Run:
         self.points.append(point | {"bits_per_byte": bits_per_byte(model, self.corpus)})
         self.facts["parameters"] = sum(p.numel() for p in model.parameters())
 
-    def train(self, model, optimizer, phase, last, *, first=0, steps=None, warmup=True):
-        """Steps `first` to `last` of a schedule over `steps`: up, constant, and at the end in a line down to 0."""
+    def warmup(self, steps):
+        """Steps of a schedule over `steps` after which the learning rate is whole."""
+        return min(self.settings.warmup, max(1, steps // 10))
+
+    def decay(self, step, steps):
+        """The share of the learning rate that is left at a step: constant (1 or more), at the end in a line to 0."""
+        return (steps - step) / (self.settings.decay * steps)
+
+    def train(self, model, optimizer, phase, last, *, first=0, steps=None):
+        """Steps `first` to `last` of a schedule over `steps`: the rate goes up in warm-up, then as `decay` has it."""
         s, steps = self.settings, steps or last
         cost, between = step_flops(model, s.batch), max(1, steps // MARKS)
         rates = [group["lr"] for group in optimizer.param_groups]
@@ -132,9 +140,9 @@ class Run:
             self.mark(model, phase)
         for step in range(first, last):
             start, before = time.process_time(), refreshes(optimizer)
-            rise = (step + 1) / min(s.warmup, max(1, steps // 10)) if warmup else 1.0
+            share = min(1.0, (step + 1) / self.warmup(steps), self.decay(step, steps))
             for group, lr in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = lr * min(1.0, rise, (steps - step) / (s.decay * steps))
+                group["lr"] = lr * share
             model(**self.corpus.batch(self.seed, self.steps)).loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
