@@ -136,15 +136,15 @@ STUDIES = {study.__name__: study for study in (grid, mixed, panels, host)}
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("out", help="file that gets one line of JSON a point")
-    parser.add_argument(
-        "studies", nargs="*", default=["mixed", "panels", "host"], choices=list(STUDIES), metavar="STUDY"
-    )
+    parser.add_argument("studies", nargs="*", metavar="STUDY", help=f"of {', '.join(STUDIES)}; default: all but grid")
     asked = parser.parse_args()
+    if unknown := set(asked.studies) - set(STUDIES):  # choices= would refuse that there are none
+        parser.error(f"STUDY {', '.join(sorted(unknown))}: expected one of {', '.join(STUDIES)}")
     if not torch.cuda.is_available():
         parser.error("no CUDA device: there is nothing to tune")
     with open(asked.out, "w") as file:
         print(json.dumps(hardware()), file=file, flush=True)
-        for name in asked.studies:
+        for name in asked.studies or list(STUDIES)[1:]:
             for line in STUDIES[name]():
                 torch.cuda.empty_cache()
                 print(json.dumps(line), file=file, flush=True)

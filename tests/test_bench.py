@@ -528,6 +528,17 @@ def test_every_point_of_the_tuning_grid_computes_the_update(monkeypatch):
     assert tune.multi_tensor.CHUNK == 4096 and tune.sophia.PROGRAMS is None
 
 
+def test_tune_without_a_gpu_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import tune
+
+    monkeypatch.setattr("sys.argv", ["tune.py", str(tmp_path / "out.jsonl")])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        tune.main()
+    assert "no CUDA device" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("study", ["mixed", "panels", "host"])
 def test_studies_of_tune_run(study, monkeypatch):
     pytest.importorskip("triton")

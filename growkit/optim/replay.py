@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import copy
 import dataclasses
@@ -146,7 +147,7 @@ def undisturbed(model: torch.nn.Module, params: list[torch.Tensor]) -> Iterator[
     params = list(dict.fromkeys([*model.parameters(), *params]))
     for p in params:
         p.grad = p.grad  # torch refuses here what could not be put back
-    grads = [p.grad for p in params]
+    grads = _outside_graphs([p.grad for p in params])
     hooks = [h for p in params for h in (p._backward_hooks, getattr(p, "_post_accumulate_grad_hooks", None)) if h]
     hooks = [(h, dict(h)) for h in hooks]
     state = ModuleState(model)
@@ -168,6 +169,31 @@ def undisturbed(model: torch.nn.Module, params: list[torch.Tensor]) -> Iterator[
         state.restore()
         for put, value in randoms:
             put(value)
+
+
+def _outside_graphs(tensors):
+    """The same; as copies those in memory of CUDA graphs, whose replay in a refresh writes the next gradient there.
+
+    torch.cuda.make_graphed_callables and torch.compile(mode="reduce-overhead") leave gradients there.
+    """
+    if not any(map(_on_gpu, tensors)):
+        return tensors
+    if torch.cuda.get_allocator_backend() != "native":  # cudaMallocAsync does not tell what belongs to a graph
+        return [t.clone() if _on_gpu(t) else t for t in tensors]
+    pools = [s for s in torch.cuda.memory_snapshot() if tuple(s["segment_pool_id"]) != (0, 0)]
+    segments = sorted((s["address"], s["address"] + s["total_size"]) for s in pools)
+    starts = [start for start, _ in segments]
+
+    def inside(t):
+        i = bisect.bisect(starts, t.data_ptr()) - 1
+        return i >= 0 and t.data_ptr() < segments[i][1]
+
+    return [t.clone() if segments and _on_gpu(t) and inside(t) else t for t in tensors]
+
+
+def _on_gpu(t):
+    """Shards, which FSDP2 keeps itself, and sparse gradients are never in a graph's memory."""
+    return type(t) is torch.Tensor and t.is_cuda and t.layout == torch.strided
 
 
 def _random_states():

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from growkit.optim import SophiaG, SophiaH, attach, gaussian
+from growkit.optim import SophiaG, SophiaH, attach, gaussian, replay
 from growkit.optim.replay import replaying
 
 
@@ -470,3 +470,63 @@ def test_parameters_of_zero_stage_3_are_refused():
     model[0].weight.ds_id = 0  # DeepSpeed's mark
     with pytest.raises(RuntimeError, match="DeepSpeed's ZeRO stage 3"):
         SophiaG(model.parameters()).attach(model)
+
+
+class Graphed(nn.Module):
+    """As torch.cuda.make_graphed_callables leaves a module: the gradients of every backward lie in the same memory."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+        self.memory = memory = [torch.zeros_like(p) for p in module.parameters()]
+
+        class Replay(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, x, *params):
+                ctx.save_for_backward(x)
+                return module(x).detach()
+
+            @staticmethod
+            def backward(ctx, g):
+                with torch.enable_grad():
+                    found = torch.autograd.grad(module(*ctx.saved_tensors), list(module.parameters()), g)
+                return None, *[into.copy_(new).detach() for into, new in zip(memory, found, strict=True)]
+
+        self.replay = Replay.apply
+
+    def forward(self, x):
+        return self.replay(x, *self.module.parameters())
+
+
+def test_a_refresh_leaves_gradients_in_the_memory_of_a_cuda_graph(monkeypatch):
+    def train(wrap):
+        module = mlp()
+        model = wrap(module)
+        optimizer = SophiaG(model.parameters(), 1e-2)
+        optimizer.attach(model, every=2)
+        for seed in range(6):
+            x = torch.randn(32, 4, generator=torch.Generator().manual_seed(seed))
+            cross_entropy(model(x), torch.arange(32) % 3).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return torch.cat([p.detach().flatten() for p in module.parameters()])
+
+    eager = train(lambda module: module)
+    monkeypatch.setattr(replay, "_on_gpu", lambda t: isinstance(t, torch.Tensor))
+    monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: "native")
+    memory = []
+    monkeypatch.setattr(
+        torch.cuda,
+        "memory_snapshot",
+        lambda: [
+            {"segment_pool_id": (0, 1), "address": t.data_ptr(), "total_size": t.untyped_storage().nbytes()}
+            for t in memory
+        ],
+    )
+
+    def graphed(module):
+        model = Graphed(module)
+        memory[:] = model.memory
+        return model
+
+    assert torch.equal(train(graphed), eager)
