@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # All that needs a GPU, in under 9 minutes, with no network, the most valuable part first.
 #   benchmarks/on_gpu.sh [--dry-run] [FOLDER [PART ...]]
-# FOLDER (default benchmarks/results/<hardware>) gets at most 8 files. PART: those to run (default all but tune). Each has
+# FOLDER (default benchmarks/results/<hardware>) gets at most 8 files. PART: those to run (default all but tune and evidence). Each has
 # a limit of time and writes as it goes, so one that is cut short keeps what it has. Exit code 1 if a part failed or was
 # cut short. PYTHON= picks the interpreter: it needs torch with CUDA, triton, transformers, pytest, pytest-benchmark, and
 # for the extension nvcc, ninja, pybind11, setuptools.
@@ -18,13 +18,14 @@ sanitizer|0.0|130|beside them: compute-sanitizer memcheck, racecheck, initcheck 
 pretrain|2.3|165|examples/pretrain.py at 30 M parameters, 8 runs side by side
 sophia|1.8|125|ceilings, S1 to S11, N1, N2
 expansion|0.9|65|L1 to L7'
-tune='tune|0.7|70|what is still to be decided by time: benchmarks/tune.py'
+more='tune|0.7|70|what is still to be decided by time: benchmarks/tune.py
+evidence|2.8|190|benchmarks.evidence thirty, thirty_growth: the runs that docs/results lacks, as far as time goes'
 
 if [ -n "$dry" ]; then
     printf '%-10s %8s %8s  %s\n' part minutes 'at most' what
     while IFS='|' read -r name minutes limit what; do
         printf '%-10s %8s %6s s  %s\n' "$name" "$minutes" "$limit" "$what"
-    done <<<"$parts"$'\n'"$tune"
+    done <<<"$parts"$'\n'"$more"
     awk -F'|' '{ m += $2; s += $2 ? $3 : 0 } END { printf "%-10s %8.1f %6d s\n", "all", m, s }' <<<"$parts"
     exit 0
 fi
@@ -67,6 +68,17 @@ sophia() { bench sophia.json copy fill mm bmm S1 S4 S2 S5 S6 S7 S8 S9 S10.host S
 expansion() { bench expansion.json L1 L3.gpt2-medium L2.gpt2-medium L5 L6 L3 L4.literal L2 L7 L4; }
 
 pretrain() { OMP_NUM_THREADS=1 "$python" -m benchmarks.evidence.sweep "$folder/pretrain.jsonl"; }
+
+evidence() {
+    local data i
+    data=$(mktemp -d)
+    cp docs/results/data/*.json "$data"
+    for i in 1 2 3; do # side by side: what one does on the CPU hides behind another's kernels
+        "$python" -m benchmarks.evidence thirty thirty_growth --out "$data" --seconds "${EVIDENCE_SECONDS:-150}" &
+    done
+    wait
+    cp "$data"/thirty*.json "$folder"
+}
 
 tune() { "$python" benchmarks/tune.py "$folder/tune.jsonl"; }
 
@@ -147,7 +159,7 @@ mkdir -p "$folder"
 folder=$(cd "$folder" && pwd)
 shift $(($# > 0))
 if [ $# -gt 0 ]; then
-    parts=$(for name; do grep "^$name|" <<<"$parts"$'\n'"$tune" || { echo "no part $name, see --dry-run" >&2; exit 1; }; done) ||
+    parts=$(for name; do grep "^$name|" <<<"$parts"$'\n'"$more" || { echo "no part $name, see --dry-run" >&2; exit 1; }; done) ||
         exit 1
 fi
 failed=0 beside=

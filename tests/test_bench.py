@@ -456,7 +456,7 @@ def test_on_gpu_lists_its_parts_within_nine_minutes():
     done = subprocess.run([script, "--dry-run"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     *parts, total = done.stdout.splitlines()[1:]
-    names = ["install", "tests", "sanitizer", "pretrain", "sophia", "expansion", "tune"]
+    names = ["install", "tests", "sanitizer", "pretrain", "sophia", "expansion", "tune", "evidence"]
     assert [line.split()[0] for line in parts] == names
     assert float(total.split()[1]) < int(total.split()[2]) / 60 < 9
 

@@ -125,22 +125,27 @@ def test_a_search_goes_on_at_the_better_end():
     assert search.search(lambda config: None, sophia.optimizer_config("adamw")) is None
 
 
-STUDIES = (
-    "optimizers horizons details size million growth best_size starts more_starts restarts both when rule vit".split()
-)
+STUDIES = """
+optimizers horizons details size million growth best_size starts more_starts restarts both when rule vit
+thirty thirty_growth
+""".split()
 
 
 @pytest.mark.parametrize("study", STUDIES)
-def test_each_kind_of_run_of_each_study(study, tmp_path, short_text):
+def test_each_kind_of_run_of_each_study(study, tmp_path, short_text, monkeypatch):
     """At a thousandth of its size: it trains, counts what it spends, and is there for the next that asks."""
     from benchmarks.evidence import __main__ as command
+    from benchmarks.evidence import gpu
     from benchmarks.evidence.store import Store
 
     assert set(STUDIES) == set(command.STUDIES)
+    for name, value in {"DEVICE": "cpu", "SMALL": "1x64", "BETWEEN": "1x128", "LARGE": "2x128", "TOTAL": 2e13}.items():
+        monkeypatch.setattr(gpu, name, value)
     kinds = {}
     for config in answers(study, by_rate, 1e-3):
         stage = config["stages"][-1]
         kind = tuple(stage.get(name) for name in ("optimizer", "start", "fit", "carry", "arm", "cosine"))
+        kind += (config.get("device"),)
         kind += ("fall" in config["stages"][0], bool(config["stages"][0]["decay"]))
         kinds[kind] = config
     store = Store(tmp_path)

@@ -1,10 +1,12 @@
 """Run a study, or what is left of it: python -m benchmarks.evidence STUDY ... [--out docs/results/data] [--scale 1]
 
-Several processes may work at one study. When all its runs are there, STUDY.json holds them; --pack: those there are.
+Several processes may work at one study. When all its runs are there, STUDY.json holds them; --pack, or where --seconds
+were over before: those there are.
 """
 
 import argparse
 import importlib.metadata
+import math
 import os
 import platform
 import subprocess
@@ -13,10 +15,10 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.evidence import growth, runs, sophia
+from benchmarks.evidence import gpu, growth, runs, sophia
 from benchmarks.evidence.store import Store, key
 
-STUDIES = {study.__name__: study for study in (*sophia.STUDIES, *growth.STUDIES)}
+STUDIES = {study.__name__: study for study in (*sophia.STUDIES, *growth.STUDIES, *gpu.STUDIES)}
 
 
 def wanted(study, store, scale=1.0):
@@ -51,9 +53,9 @@ def run(config, store, keep=False):
     return record
 
 
-def work(study, store, scale):
-    """Run what a study wants until nothing is left, other processes' runs included."""
-    while True:
+def work(study, store, scale, until=math.inf):
+    """Run what a study wants until nothing is left, other processes' runs included; begin none after `until`."""
+    while time.monotonic() < until:
         missing = [config for config, record in wanted(study, store, scale) if record is None]
         if not missing:
             return
@@ -84,6 +86,7 @@ def about():
         "commit": commit.stdout.strip(),
         "python": platform.python_version(),
         **versions,
+        **({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}),
         "cpu": cpus[0].partition(": ")[2] if cpus else platform.processor(),
         "date": time.strftime("%Y-%m-%d"),
         "text": {"bytes": len(runs.text()), "sha256": runs.text_hash()},
@@ -95,12 +98,13 @@ def main(arguments=None):
     parser.add_argument("studies", nargs="+", choices=STUDIES, metavar="STUDY", help=", ".join(STUDIES))
     parser.add_argument("--out", type=Path, default=Path("docs/results/data"))
     parser.add_argument("--scale", type=float, default=1.0, help="of all numbers of steps")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="begin no run after so many")
     parser.add_argument("--pack", action="store_true", help="run nothing: STUDY.json of what there is")
     options = parser.parse_args(arguments)
-    store = Store(options.out)
+    store, until = Store(options.out), time.monotonic() + options.seconds
     for study in options.studies:
         if not options.pack:
-            work(study, store, options.scale)
+            work(study, store, options.scale, until)
         store.pack(study, about(), [config for config, _ in wanted(study, store, options.scale)])
 
 

@@ -40,11 +40,12 @@ class NesterovSophiaG(growkit.SophiaG):
     @torch.no_grad()
     def step(self):
         self.before = getattr(self, "before", {})
-        for group in self.param_groups:
-            for p in (p for p in group["params"] if p.grad is not None):
-                g = p.grad.clone()
-                p.grad.add_(g - self.before.get(p, 0), alpha=group["betas"][0])
-                self.before[p] = g
+        for i, group in enumerate(self.param_groups):
+            grads = [p.grad for p in group["params"] if p.grad is not None]
+            kept = [g.clone() for g in grads]
+            before = self.before.get(i, [torch.zeros_like(g) for g in grads])
+            torch._foreach_add_(grads, torch._foreach_sub(kept, before), alpha=group["betas"][0])
+            self.before[i] = kept
         super().step()
 
 

@@ -8,6 +8,8 @@ whose end the learning rate is 0 (0: constant); "cosine", in its place: the shar
 end of warm-up ends. With "look" and "fall", a constant stage ends earlier: at the first multiple of "look" steps where
 its training loss falls by less than this share as its steps double. All but the first stage grow the model of the one
 before: "start" is a start of `growkit.LiGO`, "fit" its steps, "carry" whether the optimizer's state is grown too.
+
+With "device": "cuda" a run is on a GPU, with products in bfloat16 and CUDA graphs; "head": the dimensions of a head.
 """
 
 import functools
@@ -27,6 +29,7 @@ from benchmarks.evidence import optimizers
 from growkit.demo import runs as demo
 from growkit.demo.settings import Settings
 
+HEAD = 16  # dimensions of a head, where a config does not say
 MARKED, VALIDATED = 256, 2048  # windows of held-out text that a point of a curve is measured on, and the end
 CHUNKS = 8  # points of a curve
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -48,18 +51,18 @@ def text():
 
 
 @functools.cache
-def corpus(context, batch):
+def corpus(context, batch, device="cpu"):
     """The demo's, and the windows that the end of a run is measured on: evenly spread over the held-out tenth."""
-    made = demo.Corpus(text(), Settings(context=context, batch=batch), "cpu")
+    made = demo.Corpus(text(), Settings(context=context, batch=batch), device)
     held_out = made.validation
     made.validation = held_out[:: len(held_out) // MARKED][:MARKED]
     return made, held_out[:: len(held_out) // VALIDATED][:VALIDATED]
 
 
-def shape(size):
-    """GPT-2's fields of "LAYERSxWIDTH"; heads have 16 dimensions."""
+def shape(size, head=HEAD):
+    """GPT-2's fields of "LAYERSxWIDTH" with heads of `head` dimensions."""
     layers, width = map(int, size.split("x"))
-    return {"n_layer": layers, "n_embd": width, "n_head": width // 16}
+    return {"n_layer": layers, "n_embd": width, "n_head": width // head}
 
 
 class Run(demo.Run):
@@ -79,6 +82,54 @@ class Run(demo.Run):
         through = max(0, step - warmup) / max(1, steps - warmup)
         return self.cosine + (1 - self.cosine) * (1 + math.cos(math.pi * through)) / 2
 
+    def trained(self, model):
+        """What training calls: what an optimizer is attached to."""
+        return model
+
+    def bits(self, model):
+        return demo.bits_per_byte(model, self.corpus)
+
+
+class Logits(torch.nn.Module):
+    """A language model as a function of tokens alone, which a CUDA graph can hold: (batch, T) to (batch, T, V)."""
+
+    def __init__(self, model, context, device):
+        super().__init__()
+        self.model = model
+        self.register_buffer("mask", torch.ones(1, 1, context, context, dtype=torch.bool, device=device).tril())
+
+    def forward(self, tokens):
+        return self.model(input_ids=tokens, attention_mask=self.mask).logits
+
+
+class MixedRun(Run):
+    """Products in bfloat16; on a GPU, forward and backward of a step are CUDA graphs: launching them takes longer."""
+
+    def autocast(self):
+        return torch.autocast(self.device, torch.bfloat16, cache_enabled=False)
+
+    def trained(self, model):
+        self.logits = Logits(model, self.settings.context, self.device).train()
+        if self.device == "cuda":
+            with self.autocast():
+                torch.cuda.make_graphed_callables(self.logits, (self.corpus.batch(self.seed, 0)["input_ids"],))
+        return self.logits
+
+    def backward(self, model):
+        tokens = self.corpus.batch(self.seed, self.steps)["input_ids"]
+        with self.autocast():
+            scores = self.logits(tokens)[:, :-1].flatten(0, 1)
+            loss = torch.nn.functional.cross_entropy(scores, tokens[:, 1:].flatten())
+        loss.backward()
+
+    def bits(self, model):
+        with self.autocast():
+            return super().bits(model)
+
+    def mark(self, model, phase):
+        with self.autocast():
+            super().mark(model, phase)
+
 
 def settings(config, stage):
     decay = stage["decay"] or 1.0  # a constant stage ends long before its schedule does
@@ -92,22 +143,23 @@ def lm(config, begun=None):
     """
     torch.set_num_threads(1)  # models this small lose time to threads that wait for each other
     transformers.logging.set_verbosity_error()
-    data, validation = corpus(config["context"], config["batch"])
-    stage = config["stages"][-1]
-    run = Run(settings(config, stage), data, config["seed"], "cpu")
+    device, stage = config.get("device", "cpu"), config["stages"][-1]
+    data, validation = corpus(config["context"], config["batch"], device)
+    run = (MixedRun if "device" in config else Run)(settings(config, stage), data, config["seed"], device)
     run.cosine = stage.get("cosine")
+    large = shape(stage["size"], config.get("head", HEAD))
     if begun is None:
-        model, grown_optimizer = run.new_model(shape(stage["size"])), None
+        model, grown_optimizer = run.new_model(large), None
     else:
         run.flops, run.seconds, run.steps = begun["flops"], begun["seconds"], begun["steps"]
-        model, grown_optimizer = _grow(run, begun, stage)
+        model, grown_optimizer = _grow(run, begun, stage, large)
     options = {name: stage[name] for name in OPTIONS if name in stage}
-    run.optimizer = optimizer = optimizers.make(model, stage["optimizer"], seed=config["seed"], **options)
+    run.optimizer = optimizer = optimizers.make(run.trained(model), stage["optimizer"], seed=config["seed"], **options)
     if stage.get("carry"):
         optimizer.load_state_dict(grown_optimizer | {"param_groups": optimizer.state_dict()["param_groups"]})
     _train(run, model, optimizer, stage)
     run.corpus = Validated(data, validation)
-    bits = demo.bits_per_byte(model, run.corpus)
+    bits = run.bits(model)
     record = {
         "config": config,
         "bits": bits if math.isfinite(bits) else None,
@@ -131,16 +183,14 @@ class Validated:
         self.batch, self.validation = data.batch, validation
 
 
-def _grow(run, begun, stage):
+def _grow(run, begun, stage, size):
     """The large model of `begun`'s, its map fitted, and the grown state of its optimizer or None."""
     before, start = begun["model"], time.process_time()
-    operator = growkit.LiGO(
-        before, demo.config(shape(stage["size"]), run.settings.context), start=stage["start"], seed=run.seed
-    )
+    operator = growkit.LiGO(before, demo.config(size, run.settings.context), start=stage["start"], seed=run.seed)
     large, steps = operator.grow(), stage.get("fit", 0)
     run.facts |= {"small_flops": run.flops, "small_steps": run.steps}
-    run.facts["small_bits"] = demo.bits_per_byte(before, run.corpus)
-    run.facts["start_bits"] = demo.bits_per_byte(large, run.corpus)
+    run.facts["small_bits"] = run.bits(before)
+    run.facts["start_bits"] = run.bits(large)
     if steps:
         feed = (run.corpus.batch(run.seed, run.steps + i) for i in range(steps))
         operator.fit(feed, steps=steps, lr=stage.get("fit_lr", 1e-3))
@@ -148,7 +198,7 @@ def _grow(run, begun, stage):
         run.facts["fit_flops"] = steps * (
             demo.step_flops(large, run.settings.batch) + sum(operator.flops_per_expansion)
         )
-        run.facts["fit_bits"] = demo.bits_per_byte(large, run.corpus)
+        run.facts["fit_bits"] = run.bits(large)
         run.flops += run.facts["fit_flops"]
         run.steps += steps
     state = operator.grow_optimizer(begun["optimizer"], large).state_dict() if stage.get("carry") else None

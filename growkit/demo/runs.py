@@ -131,6 +131,10 @@ class Run:
         """The share of the learning rate that is left at a step: constant (1 or more), at the end in a line to 0."""
         return (steps - step) / (self.settings.decay * steps)
 
+    def backward(self, model):
+        """Leave the gradients of the next batch in the parameters."""
+        model(**self.corpus.batch(self.seed, self.steps)).loss.backward()
+
     def train(self, model, optimizer, phase, last, *, first=0, steps=None):
         """Steps `first` to `last` of a schedule over `steps`: the rate goes up in warm-up, then as `decay` has it."""
         s, steps = self.settings, steps or last
@@ -143,7 +147,7 @@ class Run:
             share = min(1.0, (step + 1) / self.warmup(steps), self.decay(step, steps))
             for group, lr in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = lr * share
-            model(**self.corpus.batch(self.seed, self.steps)).loss.backward()
+            self.backward(model)
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
