@@ -3,7 +3,7 @@
 from typing import Any
 
 from benchmarks.evidence import sophia
-from benchmarks.evidence.search import Ask, better, changed, config, over_seeds, three_rates, two_rates
+from benchmarks.evidence.search import Ask, better, changed, config, over_seeds, three_rates, two_rates, until_worse
 
 SMALL, BETWEEN, LARGE = "1x32", "2x48", "4x64"
 OTHER_SIZES = ("1x48", "3x64")
@@ -232,6 +232,51 @@ def by_rule(best: dict, scale: float = 1.0) -> dict:
     return best | {"stages": [small, large]}
 
 
+# --- a million parameters ---------------------------------------------------------------------------------------------
+
+SMALLER, MIDDLE = "2x64", "3x96"
+MILLION_TOTAL = 9.74e12  # what the steps of `sophia.million` cost
+SHARES = (1 / 3, 2 / 3, 1)  # of it; runs with a schedule of their own
+
+
+def million_growth(ask: Ask, scale: float = 1.0) -> None:
+    """Growing into a million parameters, and into a size between; then what shorter runs reach."""
+    arms = million_arms(ask, scale).values()
+    for share in reversed(SHARES):
+        for arm in arms:
+            if arm:
+                over_seeds(ask, shortened(arm, share))
+
+
+def million_arms(ask: Ask, scale: float = 1.0) -> dict[str, dict | None]:
+    """Everything but the rates is AdamW's of `sophia.million`; these are searched for as there."""
+    large = sophia.at_million(ask, "adamw", scale)
+    names = [f"{sophia.MILLION} from scratch", f"{SMALLER} grown into {sophia.MILLION}", f"{MIDDLE} from scratch"]
+    names += [f"{SMALLER} grown into {MIDDLE}", f"{SMALLER} never grown"]
+    if large is None:
+        return dict.fromkeys(names)
+    base = sophia.tuned(ask, "adamw", scale).config["stages"][-1]  # of SMALLER
+    small = base | {"steps": max(2, round(sophia.MILLION_STEPS * scale)), "decay": 0}
+    last = {name: value for name, value in base.items() if name != "steps"} | {"flops": MILLION_TOTAL * scale}
+    grown = {"start": "lossless"}
+    others = (
+        config(small, last | grown | {"size": sophia.MILLION}),
+        config(last | {"size": MIDDLE}),
+        config(small, last | grown | {"size": MIDDLE}),
+        config(last),
+    )
+    found = [large, *(until_worse(ask, each) for each in others)]
+    return dict(zip(names, [each and each.config for each in found], strict=True))
+
+
+def shortened(arm: dict, share: float) -> dict:
+    """`arm` with its last stage ending at a share of the FLOPs of all, or, of one from scratch, of the steps."""
+    stage = arm["stages"][-1]
+    if "flops" in stage:
+        return changed(arm, flops=stage["flops"] * share)
+    return changed(arm, steps=max(2, round(stage["steps"] * share)))
+
+
 # --- ViT --------------------------------------------------------------------------------------------------------------
 
 VIT_RATES = (2e-3, 8e-3)
@@ -258,4 +303,4 @@ def vit(ask: Ask, scale: float = 1.0) -> None:
             over_seeds(ask, better(trials))
 
 
-STUDIES = (growth, best_size, starts, more_starts, restarts, both, when, rule, vit)
+STUDIES = (growth, best_size, starts, more_starts, restarts, both, when, rule, million_growth, vit)

@@ -86,3 +86,28 @@ def three_rates(ask: Ask, base: dict) -> dict | None:
     third = changed(base, lr=lr * (1 if trials[0][0] < trials[1][0] else 4.096))
     trials.append((ask(third), third))
     return None if trials[-1][0] is None else better(trials)
+
+
+def until_worse(ask: Ask, base: dict) -> Found | None:
+    """Trials on seed 0: the rates of `base`, 0.7 of them, and steps of sqrt(2) on from the better until one is worse.
+
+    The best one runs on three seeds.
+    """
+
+    def trial(by):
+        stage = base["stages"][-1]
+        config = changed(base, **{rate: stage[rate] * by for rate in ("lr", "other_lr") if rate in stage})
+        return ask(config), config
+
+    trials = [trial(by) for by in (1, math.sqrt(0.5))]
+    if None in [bits for bits, _ in trials]:
+        return None
+    up = trials[0][0] < trials[1][0]
+    for by in (math.sqrt(2), 2) if up else (0.5, math.sqrt(0.125)):
+        trials.append(trial(by))
+        if trials[-1][0] is None:
+            return None
+        if better(trials) is not trials[-1][1]:
+            break
+    over_seeds(ask, better(trials))
+    return Found(better(trials), sorted(trials, key=lambda each: each[0]))

@@ -4,9 +4,7 @@ A study is a function of `ask`, which returns the final loss of a config, or Non
 more as answers come. `scale` multiplies all numbers of steps and FLOPs, for tests.
 """
 
-import math
-
-from benchmarks.evidence.search import Ask, Found, better, changed, config, over_seeds, search
+from benchmarks.evidence.search import Ask, Found, better, changed, config, over_seeds, search, until_worse
 
 SIZE, SHORT, LONG = "2x64", 600, 1800
 
@@ -71,10 +69,17 @@ SHAPES = {
     "cosine to 0": {"cosine": 0.0},
     "cosine to a tenth": {"cosine": 0.1},
 }
+
+
+def cosine_at(lr: float, *times: float) -> dict[str, dict]:
+    """A cosine spends other shares of its steps at high and low rates: at other rates than `lr`, too."""
+    return {f"cosine to 0, {by} times the lr": {"cosine": 0.0, "lr": by * lr} for by in times}
+
+
 # name: what changes in the tuned setting
 DETAILS = {
     "mixed": {"no curvature": {"rho": 1e-9}},
-    "adamw": {EMBEDDINGS: {"other_lr": 4e-3}, **SHAPES},
+    "adamw": {EMBEDDINGS: {"other_lr": 4e-3}, **SHAPES, **cosine_at(2e-3, 1.4, 2, 2.8)},
     "sophiag": {
         "no curvature": {"rho": 1e-9},
         "h corrected": {"optimizer": "corrected"},
@@ -82,6 +87,7 @@ DETAILS = {
         "official values": {"lr": 6e-4, "beta1": 0.965, "rho": 0.05, "weight_decay": 0.2},
         "weight decay 0.4": {"weight_decay": 0.4},
         **SHAPES,
+        **cosine_at(1e-3, 0.7, 1.4, 2),
     },
     "nesterov": {"no curvature": {"rho": 1e-9}},
 }
@@ -97,6 +103,8 @@ LONG_DETAILS = {
         "decay over the last 20 %": {"decay": 0.2},
         "decay over the last 60 %": {"decay": 0.6},
         "cosine to 0": {"cosine": 0.0},
+        "cosine to a tenth": {"cosine": 0.1},
+        **cosine_at(1e-3, 0.7, 1.4, 2),
     },
     "adamw": {
         EMBEDDINGS: {"other_lr": 4e-3},
@@ -105,6 +113,8 @@ LONG_DETAILS = {
         "decay over the last 20 %": {"decay": 0.2},
         "decay over the last 60 %": {"decay": 0.6},
         "cosine to 0": {"cosine": 0.0},
+        "cosine to a tenth": {"cosine": 0.1},
+        **cosine_at(2e-3, 1.4, 2, 2.8),
     },
 }
 
@@ -170,30 +180,11 @@ def shorter(config: dict, scale: float = 1.0) -> dict:
 
 
 def at_million(ask: Ask, row: str, scale: float = 1.0) -> Found | None:
-    """Trials on seed 0: the tuned rates, 0.7 of them, and steps of sqrt(2) on from the better until one is worse."""
     name, change = CONTENDERS[row]
     found = tuned(ask, name, scale)
     if found is None:
         return None
-    base = changed(found.config, size=MILLION, steps=max(2, round(MILLION_STEPS * scale)), **change)
-
-    def trial(by):
-        stage = base["stages"][-1]
-        config = changed(base, **{rate: stage[rate] * by for rate in ("lr", "other_lr") if rate in stage})
-        return ask(config), config
-
-    trials = [trial(by) for by in (1, math.sqrt(0.5))]
-    if None in [bits for bits, _ in trials]:
-        return None
-    up = trials[0][0] < trials[1][0]
-    for by in (math.sqrt(2), 2) if up else (0.5, math.sqrt(0.125)):
-        trials.append(trial(by))
-        if trials[-1][0] is None:
-            return None
-        if better(trials) is not trials[-1][1]:
-            break
-    over_seeds(ask, better(trials))
-    return Found(better(trials), sorted(trials, key=lambda each: each[0]))
+    return until_worse(ask, changed(found.config, size=MILLION, steps=max(2, round(MILLION_STEPS * scale)), **change))
 
 
 STUDIES = (optimizers, horizons, details, size, million)

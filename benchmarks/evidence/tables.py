@@ -310,6 +310,26 @@ def rule_rows(results):
             yield case, name, steps, f"{share:.0%}", cell([r["bits"] for r in records])
 
 
+def million_growth_rows(results):
+    arms = growth.million_arms(results.ask)
+    shares = growth.SHARES
+    large, _, middle, *_ = (results.losses(config) for config in arms.values())
+    for name, config in arms.items():
+        records = results.records(config)
+        if records is None:
+            yield name, *[NONE] * 8
+            continue
+        losses = [results.losses(growth.shortened(config, share)) for share in shares]
+        yield (
+            name,
+            f"{config['stages'][-1]['lr']:.2g}",
+            f"{records[0]['parameters']:,}",
+            f"{records[0]['steps']:,}",
+            *map(cell, losses),
+            *("" if losses[-1] == targets else saving(losses, shares, targets) for targets in (large, middle)),
+        )
+
+
 def vit_rows(results):
     for arm in growth.VIT_ARMS:
         trials = [(results.ask(each), each) for each in (growth.vit_config(arm, lr) for lr in growth.VIT_RATES)]
@@ -349,5 +369,16 @@ TABLES = {
         when_rows(r),
     ),
     "rule": lambda r: table(("growth", "grown", "at steps", "of all FLOPs", "bits/byte"), rule_rows(r)),
+    "million_growth": lambda r: table(
+        (
+            "run",
+            "lr",
+            "parameters",
+            "steps",
+            *("at a third of the FLOPs", "at two thirds", f"at {growth.MILLION_TOTAL:.3g}".replace("e+", "e")),
+            *(f"saved, to {size} from scratch" for size in (sophia.MILLION, growth.MIDDLE)),
+        ),
+        million_growth_rows(r),
+    ),
     "vit": lambda r: table(("run", "lr", "bits/label", "error, %"), vit_rows(r)),
 }
