@@ -106,7 +106,7 @@ def panels(device="cuda", tiny=False):
 
             return call
 
-        sizes = {f"{size >> 20} MiB": size for size in (was, 2 * was, 4 * was, 1 << 40)}
+        sizes = {f"{size >> 20} MiB": size for size in (was >> 4, was >> 2, was, 1 << 40)}
         choices = {name: expansion(kron.growkit_expand, size) for name, size in sizes.items()}
         choices["best order"] = expansion(kron.best_order_bmm)
         found = paired(choices, "gpu", 1 if tiny else 9)

@@ -134,7 +134,7 @@ def grow_memory(counted, nbytes=2):
 
     nbytes: of an element of both models.
     """
-    panels = plan.PENDING_BYTES + 2 * plan.MEMORY_BYTES  # blocks that wait for the mix; an intermediate and the next
+    panels = 3 * plan.PENDING_BYTES  # blocks that wait for the mix; an intermediate and the next
     return 2 * nbytes * counted.small + nbytes * counted.large + (4 * counted.stack if nbytes < 4 else 0) + panels
 
 

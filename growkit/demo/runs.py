@@ -34,7 +34,9 @@ class Corpus:
         """{"input_ids", "labels"}, [batch, context]: the same for the same seed and step."""
         generator = torch.Generator().manual_seed(1_000_003 * seed + step)
         starts = torch.randint(len(self.train) - len(self.window), (self.batch_size, 1), generator=generator)
-        tokens = self.train[starts.to(self.window.device) + self.window]
+        if self.window.is_cuda:  # from other memory a copy would wait for all that is queued
+            starts = starts.pin_memory()
+        tokens = self.train[starts.to(self.window.device, non_blocking=True) + self.window]
         return {"input_ids": tokens, "labels": tokens}
 
 

@@ -311,8 +311,8 @@ class LiGO(nn.Module):
         """The large model, of the small one's class, in eval mode, with its generation config and buffers.
 
         dtype: default the small model's.
-        Its parameters are written in place, in panels: beside the model, memory for one small stack and about 64 MB, or
-        256 MB where the stack of a row or column is so large that narrower panels would not pay (`plan.panels`).
+        Its parameters are written in place, in panels: beside the model, memory for one small stack and three blocks
+        of at most 64 MiB (`plan.PENDING_BYTES`).
         shard: is given the model with its parameters on the meta device, and shards it (`fully_shard`). Every process
             makes every large tensor, one at a time, and keeps its own shard of it: what `tensors()` gives, to the bit.
         """

@@ -89,8 +89,7 @@ def forward(W, B, A, w, B_kind, A_kind, order, keep=False, precision=None):
         shape = [len(w), *_grown(X, maps, order[:-1])[1:]]
         last = X.new_empty([len(X), *shape[1:]]) if keep and len(order) > 1 else None
         W_new, depth = X.new_empty(shape), w.to(_wide(w)).contiguous()
-        # At "highest" the products take far longer than the traffic that panels save.
-        for row, column, block in _blocks(X, maps, order[:-1], precision, last, panels=precision != "highest"):
+        for row, column, block in _blocks(X, maps, order[:-1], precision, last, plan.PANEL_BYTES):
             place = W_new.narrow(1, row, block.shape[1]).narrow(2, column, block.shape[2])
             mix_([place], [block], [depth], [depth.new_empty(0)] * 2)
         return W_new, last if len(order) > 1 else X
@@ -128,7 +127,7 @@ def into(parts):
             before, mixed = after, ""
         depth = w.to(wide).contiguous() if mixed else none
         scales = [none if scale is None else scale.to(wide).contiguous() for scale in scales]
-        for row, column, block in _blocks(X, maps, before, precision, panels=True):
+        for row, column, block in _blocks(X, maps, before, precision, limit=plan.PENDING_BYTES):
             if jobs[1] and jobs[1][-1].device != block.device:
                 launch()
             ranges = ((row, block.shape[1]), (column, block.shape[2]))
@@ -212,10 +211,10 @@ def _widen(X, maps, steps, precision):
     return Y
 
 
-def _blocks(X, maps, steps, precision, whole=None, panels=False, row=0, column=0):
+def _blocks(X, maps, steps, precision, whole=None, limit=None, row=0, column=0):
     """X after these steps, in blocks (row, column, block) that cover it once; `whole`, if given, gets them all too.
 
-    The top of [I; C] is X itself, not a copy. panels: the new rows or columns of the first step come in plan.panels.
+    The top of [I; C] is X itself, not a copy. limit: the new rows or columns of the first step come in panels of so many bytes.
     """
     if not steps:
         if whole is not None:
@@ -227,10 +226,10 @@ def _blocks(X, maps, steps, precision, whole=None, panels=False, row=0, column=0
     both = kind == "copy" and len(later) == 1 and maps[later[0]][1] == "copy"
     top = X.shape[axis] if kind == "identity_top" else 0
     if top:
-        yield from _blocks(X, maps, later, precision, whole, False, row, column)
+        yield from _blocks(X, maps, later, precision, whole, None, row, column)
     others = X.nbytes // max(1, X.shape[1] * X.shape[2]) * shape[3 - axis]
     size = shape[axis] - top
-    for start, stop in plan.panels(size, others) if panels else [(0, size)]:
+    for start, stop in plan.panels(size, others, limit) if limit else [(0, size)]:
         piece = M[start:stop] if kind == "copy" else M[..., start:stop, :]
         at = (row + top + start, column) if axis == 1 else (row, column + top + start)
         small = list(X.shape)
@@ -247,7 +246,7 @@ def _blocks(X, maps, steps, precision, whole=None, panels=False, row=0, column=0
         if last:
             yield *at, Y
         else:
-            yield from _blocks(Y, maps, later, precision, whole, False, *at)
+            yield from _blocks(Y, maps, later, precision, whole, None, *at)
 
 
 def _region(whole, row, column, shape):

@@ -73,21 +73,21 @@ def best_order(L1, L2, B, A):
     return min(legal_orders(L1, L2, B, A), key=lambda order: (*cost(order, L1, L2, B, A)[:2], order))
 
 
-# An intermediate is made and used in panels of at most PANEL_BYTES, so that it stays in the cache that it was written
-# to (a third of the 60 MB of an H200), unless they would get narrower than PANEL_WIDTH, where products lose more than
-# the cache gains; then it is MEMORY_BYTES that bounds them. Chosen by arithmetic, not tuned on a GPU.
-PANEL_BYTES, PANEL_WIDTH, MEMORY_BYTES = 20 << 20, 256, 256 << 20
-# Growth into tensors that exist gathers blocks of this size in all before it mixes them in one launch.
+# An intermediate is made and used in panels of at most so many bytes. That bounds memory; panels that stay in an H200's
+# cache make products so narrow that 5 to 60 % of the time is lost (benchmarks/NOTES.md).
+PANEL_BYTES = 256 << 20
+# The same for growth into tensors that exist, which gathers blocks of so many bytes before it mixes them in one launch.
 PENDING_BYTES = 64 << 20
 
 
-def panels(size, bytes_each):
-    """Cut `size` rows or columns, each of `bytes_each` in the intermediate, into ranges (start, stop) of even width."""
+def panels(size, bytes_each, limit):
+    """Cut `size` rows or columns, each of `bytes_each` in the intermediate, into ranges (start, stop) of even width.
+
+    A range is of at most `limit` bytes, or of one row or column.
+    """
     if size < 1:
         return []
-    width = PANEL_BYTES // max(bytes_each, 1)
-    if width < PANEL_WIDTH:
-        width = max(1, MEMORY_BYTES // max(bytes_each, 1))
+    width = max(1, limit // max(bytes_each, 1))
     tile = 64 if width >= 64 else 1  # whole tiles for the products
     count = -(-size // (width // tile * tile))
     width = -(-size // (count * tile)) * tile

@@ -249,7 +249,7 @@ def own_way(monkeypatch):
     monkeypatch.setattr(expand, "mix_", lambda *x: torch.ops.growkit.kron_mix_(*x))
     monkeypatch.setattr(expand, "gather_", lambda out, X, *x: torch.ops.growkit.kron_gather_(out, X, None, *x))
     monkeypatch.setattr(plan, "PANEL_BYTES", 8000)
-    monkeypatch.setattr(plan, "PANEL_WIDTH", 1)
+    monkeypatch.setattr(plan, "PENDING_BYTES", 8000)
 
 
 # Mix first, rows first, columns first, by counted cost where all maps are learned.
@@ -385,6 +385,7 @@ def test_grown_models_are_written_by_the_kernels_way(dtype, own_way, monkeypatch
     shape = {"vocab_size": 31, "n_positions": 16, "bos_token_id": 0, "eos_token_id": 0}
     small = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=2, n_embd=16, n_head=2, **shape)).to(dtype)
     operator = growkit.LiGO(small, transformers.GPT2Config(n_layer=3, n_embd=24, n_head=3, **shape))
+    monkeypatch.setattr(plan, "PENDING_BYTES", 64 << 20)
     launches = []
     mix = expand.mix_
     monkeypatch.setattr(expand, "mix_", lambda *jobs: launches.append(len(jobs[0])) or mix(*jobs))

@@ -184,7 +184,7 @@ def relative(x, exact):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_small_expansion_and_its_gradients(B_kind, A_kind, dtype, monkeypatch):
     monkeypatch.setattr(plan, "PANEL_BYTES", 6 * 96 * 4 * 20)
-    monkeypatch.setattr(plan, "PANEL_WIDTH", 1)
+    monkeypatch.setattr(plan, "PENDING_BYTES", 6 * 96 * 4 * 20)
     inputs, options = case(B_kind, A_kind, (32, 96 if B_kind else 32), (24, 88 if A_kind else 24), 6, 12, dtype)
     exact_inputs = [None if x is None else double(x) for x in inputs]
     leaves = [

@@ -56,18 +56,17 @@ def test_table_is_printed(capsys):
 
 @given(size=st.integers(0, 20000), bytes_each=st.integers(0, 2**28))
 def test_panels_cover_a_range_within_their_bound(size, bytes_each):
-    panels = plan.panels(size, bytes_each)
+    panels = plan.panels(size, bytes_each, plan.PENDING_BYTES)
     assert [stop for _, stop in panels[:-1]] == [start for start, _ in panels[1:]]
     assert not size or (panels[0][0], panels[-1][1]) == (0, size)
-    narrow = plan.PANEL_WIDTH * bytes_each > plan.PANEL_BYTES
     for start, stop in panels:
         assert start < stop
-        assert (stop - start) * bytes_each <= (plan.MEMORY_BYTES if narrow else plan.PANEL_BYTES)
+        assert (stop - start) * bytes_each <= plan.PENDING_BYTES or stop == start + 1
 
 
 def test_panels_of_known_stacks():
-    # GPT-2 base to medium, MLP: 12 layers x 1024 floats a row: 426 rows are 20 MB, whole tiles of them 384
-    assert plan.panels(4096, 12 * 1024 * 4) == [(i, min(i + 384, 4096)) for i in range(0, 4096, 384)]
-    # LLaMA 1B to 7B: 256 rows would be 92 MB, so memory alone bounds them
-    assert plan.panels(11008, 22 * 4096 * 4)[0] == (0, 704)
-    assert plan.panels(10, 1) == [(0, 10)] and plan.panels(0, 5) == []
+    # GPT-2 base to medium, MLP: 12 layers x 1024 floats a row: all of it is 201 MB
+    assert plan.panels(4096, 12 * 1024 * 4, plan.PANEL_BYTES) == [(0, 4096)]
+    # LLaMA 1B to 7B: 744 rows are 268 MB, whole tiles of them 704
+    assert plan.panels(11008, 22 * 4096 * 4, plan.PANEL_BYTES)[0] == (0, 704)
+    assert plan.panels(10, 1, 64) == [(0, 10)] and plan.panels(0, 5, 64) == []
