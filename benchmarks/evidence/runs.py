@@ -141,7 +141,8 @@ def lm(config, begun=None):
 
     begun: that of `config` without its last stage, or None if it has only one.
     """
-    torch.set_num_threads(1)  # models this small lose time to threads that wait for each other
+    if "device" not in config:
+        torch.set_num_threads(1)  # models this small lose time to threads that wait for each other
     transformers.logging.set_verbosity_error()
     device, stage = config.get("device", "cpu"), config["stages"][-1]
     data, validation = corpus(config["context"], config["batch"], device)

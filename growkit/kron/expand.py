@@ -214,7 +214,8 @@ def _widen(X, maps, steps, precision):
 def _blocks(X, maps, steps, precision, whole=None, limit=None, row=0, column=0):
     """X after these steps, in blocks (row, column, block) that cover it once; `whole`, if given, gets them all too.
 
-    The top of [I; C] is X itself, not a copy. limit: the new rows or columns of the first step come in panels of so many bytes.
+    The top of [I; C] is X itself, not a copy. limit: the new rows or columns of the first step come in panels of at
+    most so many bytes.
     """
     if not steps:
         if whole is not None:
