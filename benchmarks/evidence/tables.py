@@ -4,7 +4,7 @@ import json
 import math
 import statistics
 
-from benchmarks.evidence import growth, search, sophia
+from benchmarks.evidence import gpu, growth, search, sophia
 from benchmarks.evidence.store import Store
 
 NAMES = {
@@ -171,6 +171,38 @@ def million_rows(results):
         all_seeds = results.losses(found.config)
         rates = setting(found.config, ("lr", "other_lr"))
         yield title, rates, trials, *shown, cell(all_seeds), gain(adamw, all_seeds, by)
+
+
+def thirty_rows(results):
+    for name in gpu.CONTENDERS:
+        found = gpu.tuned(results.ask, name)
+        yield NAMES[name], *_thirty(results, found and found.config, found and found.trials)
+        if name == "sophiag":
+            yield (
+                f"{NAMES[name]}, no curvature",
+                *_thirty(results, found and search.changed(found.config, **gpu.WITHOUT_H)),
+            )
+
+
+def _thirty(results, config, trials=()):
+    if results.losses(config) is None:
+        return [NONE] * 6
+    by_seed = [f"{bits:.3f}" for bits in results.losses(config)]
+    tried = "; ".join(f"{setting(each)}: {bits:.3f}" for bits, each in trials)
+    return setting(config), *by_seed, cell(results.losses(config)), tried
+
+
+def thirty_growth_rows(results):
+    for name, config in gpu.growth_arms(results.ask).items():
+        half = config and "grown" in name and results.losses(search.changed(config, flops=gpu.TOTAL / 2))
+        records = results.records(config)
+        if records is None:
+            yield name, *[NONE] * 5
+            continue
+        lr, right_after = f"{config['stages'][-1]['lr']:.2g}", [r.get("start_bits") for r in records]
+        after = "" if None in right_after else cell(right_after)
+        steps = f"{records[0]['steps'] - records[0].get('small_steps', 0):,}"
+        yield name, lr, steps, after, cell(half) if half else "", cell([r["bits"] for r in records])
 
 
 # --- growth -----------------------------------------------------------------------------------------------------------
@@ -352,6 +384,13 @@ TABLES = {
     "million": lambda r: table(
         ("optimizer", "best", "trials on seed 0", *[f"seed {i}" for i in SEEDS], "bits/byte", "AdamW's steps, x"),
         million_rows(r),
+    ),
+    "thirty": lambda r: table(
+        ("optimizer", "best", *[f"seed {i}" for i in SEEDS], "bits/byte", "trials on seed 0"), thirty_rows(r)
+    ),
+    "thirty_growth": lambda r: table(
+        ("run", "lr", "its last steps", "right after growth", "at half of the FLOPs", "bits/byte"),
+        thirty_growth_rows(r),
     ),
     "growth": lambda r: table(ARM, arm_rows(r, growth_arms(r))),
     "starts": lambda r: table(ARM, arm_rows(r, growth.start_arms(r.ask) | growth.more_start_arms(r.ask))),
