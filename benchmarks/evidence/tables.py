@@ -174,22 +174,23 @@ def million_rows(results):
 
 
 def thirty_rows(results):
-    for name in gpu.CONTENDERS:
-        found = gpu.tuned(results.ask, name)
-        yield NAMES[name], *_thirty(results, found and found.config, found and found.trials)
+    tuned = {name: gpu.tuned(results.ask, name) for name in gpu.CONTENDERS}
+    first = tuned["adamw"] and tuned["adamw"].config
+    adamw, shorter = results.losses(first), results.losses(first and gpu.shorter(first))
+    by = slope(shorter, adamw, gpu.STEPS / gpu.SHORTER)
+
+    def row(title, config, trials=()):
+        losses = results.losses(config)
+        if losses is None:
+            return title, *[NONE] * 7
+        tried = "; ".join(f"{setting(each)}: {bits:.3f}" for bits, each in trials)
+        by_seed = (f"{bits:.3f}" for bits in losses)
+        return title, setting(config), *by_seed, cell(losses), gain(adamw, losses, by), tried
+
+    for name, found in tuned.items():
+        yield row(NAMES[name], found and found.config, found and found.trials)
         if name == "sophiag":
-            yield (
-                f"{NAMES[name]}, no curvature",
-                *_thirty(results, found and search.changed(found.config, **gpu.WITHOUT_H)),
-            )
-
-
-def _thirty(results, config, trials=()):
-    if results.losses(config) is None:
-        return [NONE] * 6
-    by_seed = [f"{bits:.3f}" for bits in results.losses(config)]
-    tried = "; ".join(f"{setting(each)}: {bits:.3f}" for bits, each in trials)
-    return setting(config), *by_seed, cell(results.losses(config)), tried
+            yield row(f"{NAMES[name]}, no curvature", found and search.changed(found.config, **gpu.WITHOUT_H))
 
 
 def thirty_growth_rows(results):
@@ -386,7 +387,8 @@ TABLES = {
         million_rows(r),
     ),
     "thirty": lambda r: table(
-        ("optimizer", "best", *[f"seed {i}" for i in SEEDS], "bits/byte", "trials on seed 0"), thirty_rows(r)
+        ("optimizer", "best", *[f"seed {i}" for i in SEEDS], "bits/byte", "AdamW's steps, x", "trials on seed 0"),
+        thirty_rows(r),
     ),
     "thirty_growth": lambda r: table(
         ("run", "lr", "its last steps", "right after growth", "at half of the FLOPs", "bits/byte"),
