@@ -374,7 +374,11 @@ OTHERS = {
     "gradients are in `main_grad`, layers over a tensor parallel group, and its 16-bit and distributed optimizers, "
     "which train copies of the parameters: by `attach`, or by the first refresh where they came after it. Its GPTModel "
     "in torch's DDP is right, with activation recompute, too (`h` to 4e-15 in float64). Pipelines were not tried",
-    "NCCL, CUDA, several machines": "not tried",
+    "CUDA graphs of a model's forward and backward: `torch.cuda.make_graphed_callables` before `attach`, "
+    '`torch.compile(mode="reduce-overhead")`': "right, tried on one H200. Their gradients lie in a graph's memory, "
+    "which a refresh would write anew: it copies them first",
+    "CUDA: DDP of 2 processes on one GPU, FSDP2 over NCCL with one": "right, tried on one H200",
+    "NCCL between GPUs, several machines": "not tried",
 }
 
 PAGE = """# Loops and frameworks
