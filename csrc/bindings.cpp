@@ -165,15 +165,15 @@ std::vector<Type> check_lists(const Rows& rows, size_t width, const std::vector<
 
 int64_t sophia_step_of(const Rows& tensors, const std::vector<bool>& narrow, float lr, float decay, float beta1,
                        float gain, float rho_bs, float eps, float scale, bool max, bool random, uint64_t seed,
-                       uint32_t stream, uint32_t time) {
+                       uint32_t stream, uint32_t time, bool nesterov) {
   const std::vector<Type> types = check_lists(tensors, 8, narrow, 4);
   std::vector<StepTensor> list;
   for (const auto& row : tensors) {
     list.push_back({pointer<void>(row[0]), pointer<void>(row[1]), pointer<void>(row[2]), pointer<void>(row[3]),
                     pointer<float>(row[4]), row[5], row[6], row[7]});
   }
-  const StepOptions options{types[0], types[1], types[2], types[3], lr,  decay,
-                            beta1,    gain,     rho_bs,   eps,      scale, max,
+  const StepOptions options{types[0], types[1], types[2], types[3], lr,    decay, beta1,
+                            gain,     rho_bs,   eps,      scale,    max,   nesterov,
                             {random, seed, stream, time}};
   py::gil_scoped_release released;
   return sophia_step(list, options);
@@ -217,9 +217,9 @@ PYBIND11_MODULE(_C, m) {
              seed = py::arg("seed"), stream = py::arg("stream"), time = py::arg("time");
   m.def("sophia_step", &sophia_step_of, tensors, narrow, py::kw_only(), py::arg("lr"), py::arg("decay"),
         py::arg("beta1"), py::arg("gain"), py::arg("rho_bs"), py::arg("eps"), py::arg("scale"), py::arg("max"), random,
-        seed, stream, time,
+        seed, stream, time, py::arg("nesterov") = false,
         "Sophia's update on CPU. tensors: (p, g, m, h, master or 0, elements, parameter, offset) of each, the first\n"
-        "five as addresses; narrow: whether p, g, m, h are bfloat16. Returns the number of elements with |m| < d.");
+        "five as addresses; narrow: whether p, g, m, h are bfloat16. Returns the number of elements with |mbar| < d.");
   m.def("gnb_ema", &gnb_ema_of, tensors, narrow, py::kw_only(), py::arg("beta2"), py::arg("gain"), random, seed, stream,
         time,
         "Gauss-Newton-Bartlett refresh on CPU. tensors: (h, g, elements, parameter, offset) of each, the first two as\n"

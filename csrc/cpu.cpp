@@ -93,19 +93,20 @@ GROWKIT_INLINE float* read(void* array, Type type, int64_t at, int64_t n, float*
   return const_cast<float*>(read(static_cast<const void*>(array), type, at, n, buffer));
 }
 
-// One element; returns whether |m| < d.
-template <bool fused, bool max>
+// One element; returns whether |mbar| < d.
+template <bool fused, bool max, bool nesterov>
 GROWKIT_INLINE int32_t update_one(float& w, float g, float& m, float h, const StepOptions& o) {
   m = multiply_add<fused>(g * o.scale, o.gain, m * o.beta1);
+  const float mbar = nesterov ? multiply_add<fused>(g * o.scale, o.gain, m * o.beta1) : m;
   const float x = h * o.rho_bs;
-  const float u = m / (max ? (x < o.eps ? o.eps : x) : x + o.eps);
+  const float u = mbar / (max ? (x < o.eps ? o.eps : x) : x + o.eps);
   const float least = u < -1 ? -1 : u, clipped = least > 1 ? 1 : least;  // a NaN stays one
   w = multiply_add<fused>(clipped, -o.lr, w * o.decay);
   return __builtin_fabsf(u) < 1;
 }
 
 // Memory bounds it, and a core's own prefetching of four streams falls short: each cache line is asked for kAhead early.
-template <bool fused, bool max>
+template <bool fused, bool max, bool nesterov>
 GROWKIT_INLINE int64_t update(float* __restrict w, const float* __restrict g, float* __restrict m,
                               const float* __restrict h, int64_t n, const StepOptions& options) {
   const StepOptions o = options;  // a copy, which no store can change
@@ -116,13 +117,18 @@ GROWKIT_INLINE int64_t update(float* __restrict w, const float* __restrict g, fl
       __builtin_prefetch(stream + i + kAhead);
     }
     for (int64_t j = 0; j < kLine; ++j) {
-      counts[j] += update_one<fused, max>(w[i + j], g[i + j], m[i + j], h[i + j], o);
+      counts[j] += update_one<fused, max, nesterov>(w[i + j], g[i + j], m[i + j], h[i + j], o);
     }
   }
   int64_t unclipped = 0;
-  for (; i < n; ++i) unclipped += update_one<fused, max>(w[i], g[i], m[i], h[i], o);
+  for (; i < n; ++i) unclipped += update_one<fused, max, nesterov>(w[i], g[i], m[i], h[i], o);
   for (int32_t count : counts) unclipped += count;
   return unclipped;
+}
+
+template <bool fused, bool max>
+GROWKIT_INLINE int64_t update_by(float* w, const float* g, float* m, const float* h, int64_t n, const StepOptions& o) {
+  return o.nesterov ? update<fused, max, true>(w, g, m, h, n, o) : update<fused, max, false>(w, g, m, h, n, o);
 }
 
 template <bool fused>
@@ -134,7 +140,7 @@ GROWKIT_INLINE int64_t step_block(const StepTensor& t, const StepOptions& o, int
     float* w = t.w ? t.w + at : read(t.p, o.p, at, n, p_);
     float* m = read(t.m, o.m, at, n, m_);
     const float *g = read(t.g, o.g, at, n, g_), *h = read(t.h, o.h, at, n, h_);
-    unclipped += o.max ? update<fused, true>(w, g, m, h, n, o) : update<fused, false>(w, g, m, h, n, o);
+    unclipped += o.max ? update_by<fused, true>(w, g, m, h, n, o) : update_by<fused, false>(w, g, m, h, n, o);
     if (o.m == kBFloat16) narrow<false>(m, nullptr, static_cast<uint16_t*>(t.m) + at, n);
     if (o.p == kBFloat16) round(w, static_cast<uint16_t*>(t.p) + at, n, t.first + at, t.parameter, o.rounding);
   }

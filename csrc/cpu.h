@@ -35,7 +35,8 @@ struct StepTensor {
 struct StepOptions {
   Type p, g, m, h;
   float lr, decay, beta1, gain, rho_bs, eps, scale;
-  bool max;  // d = max(rho_bs*h, eps), else rho_bs*h + eps
+  bool max;       // d = max(rho_bs*h, eps), else rho_bs*h + eps
+  bool nesterov;  // mbar = beta1*m + gain*g, else m
   RandomKey rounding;
 };
 
@@ -58,7 +59,7 @@ std::string use_instructions(const std::string& name);
 // Whether work is shared among torch's threads; false without torch.
 bool on_torch_threads();
 
-// Returns the number of elements with |m| < d.
+// Returns the number of elements with |mbar| < d.
 int64_t sophia_step(const std::vector<StepTensor>& tensors, const StepOptions& options);
 void gnb_ema(const std::vector<RefreshTensor>& tensors, const RefreshOptions& options);
 

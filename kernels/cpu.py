@@ -46,6 +46,7 @@ def sophia_step_(
     weight_decay,
     denominator="add",
     maximize=False,
+    nesterov=False,
     scale=None,
     skip=None,
     step=None,
@@ -80,6 +81,7 @@ def sophia_step_(
             eps=eps,
             scale=1 if scale is None else float(scale),
             max=denominator == "max",
+            nesterov=nesterov,
             random=rounds,
             seed=seed & _64_BITS if rounds else 0,
             stream=reference.ROUNDING,
@@ -93,7 +95,7 @@ def sophia_step_(
         lists = [_pick(x, left) for x in (p, g, m, h, master)]
         keys = {"step": step, "seed": seed, "parameter": _pick(parameter, left), "offset": _pick(offset, left)}
         scalars = {"lr": lr, "beta1": beta1, "rho_bs": rho_bs, "eps": eps, "weight_decay": weight_decay}
-        options = {"denominator": denominator, "maximize": maximize, "scale": scale}
+        options = {"denominator": denominator, "maximize": maximize, "nesterov": nesterov, "scale": scale}
         reference.sophia_step_(*lists, unclipped, **scalars, **options, **keys)
 
 

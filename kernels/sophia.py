@@ -31,14 +31,15 @@ def is_set(skip):
 
 
 @triton.jit
-def clipped_update(w, g, m, h, lr, decay, beta1, gain, rho_bs, eps, MAX: tl.constexpr):
-    """New w and m of blocks of float32, and |m| < d."""
+def clipped_update(w, g, m, h, lr, decay, beta1, gain, rho_bs, eps, MAX: tl.constexpr, NESTEROV: tl.constexpr):
+    """New w and m of blocks of float32, and |mbar| < d."""
     m = tl.fma(g, gain, m * beta1)
+    mbar = tl.fma(g, gain, m * beta1) if NESTEROV else m
     if MAX:
         d = tl.maximum(h * rho_bs, eps, propagate_nan=tl.PropagateNan.ALL)
     else:
         d = h * rho_bs + eps
-    u = tl.div_rn(m, d)
+    u = tl.div_rn(mbar, d)
     w = tl.fma(tl.clamp(u, -1.0, 1.0, propagate_nan=tl.PropagateNan.ALL), -lr, w * decay)
     return w, m, tl.abs(u) < 1
 
@@ -71,10 +72,10 @@ def present(lr, decay, weight_decay, rho_bs, lr_at, rho_bs_at, scale, step, time
 @triton.jit
 def _update(
     p, g, m, h, w, mask, lr, decay, beta1, gain, rho_bs, eps, scale, e0, parameter, time, k0, k1,
-    MAX: tl.constexpr, SCALED: tl.constexpr, STOCHASTIC: tl.constexpr, MASTER: tl.constexpr, FULL: tl.constexpr,
-    BLOCK: tl.constexpr,
+    MAX: tl.constexpr, NESTEROV: tl.constexpr, SCALED: tl.constexpr, STOCHASTIC: tl.constexpr, MASTER: tl.constexpr,
+    FULL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Update one block; p, g, m, h, w: pointers to its first element. Returns |m| < d, int1 [BLOCK]."""
+    """Update one block; p, g, m, h, w: pointers to its first element. Returns |mbar| < d, int1 [BLOCK]."""
     off = tl.arange(0, BLOCK)
     w_ = tl.load(w + off, mask).to(tl.float32)
     g_ = tl.load(g + off, mask).to(tl.float32)
@@ -82,7 +83,7 @@ def _update(
     h_ = tl.load(h + off, mask).to(tl.float32)
     if SCALED:
         g_ *= scale
-    w_, m_, clear = clipped_update(w_, g_, m_, h_, lr, decay, beta1, gain, rho_bs, eps, MAX)
+    w_, m_, clear = clipped_update(w_, g_, m_, h_, lr, decay, beta1, gain, rho_bs, eps, MAX, NESTEROV)
     tl.store(m + off, m_.to(m.dtype.element_ty), mask)
     if MASTER:
         tl.store(w + off, w_, mask)
@@ -97,7 +98,7 @@ def _sophia_step(
     addresses, facts, chunks, tensors, count, lr, decay, weight_decay, beta1, gain, rho_bs, eps,
     lr_at, rho_bs_at, scale, skip, unclipped, step, time: tl.uint32, k0: tl.uint32, k1: tl.uint32,
     P: tl.constexpr, G: tl.constexpr, M: tl.constexpr, H: tl.constexpr, MASTER: tl.constexpr,
-    MAX: tl.constexpr, STOCHASTIC: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    MAX: tl.constexpr, NESTEROV: tl.constexpr, STOCHASTIC: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     if is_set(skip):
         return
@@ -124,7 +125,8 @@ def _sophia_step(
             for i in tl.range(0, CHUNK, BLOCK, num_stages=1):
                 clear = _update(
                     p + i, g + i, m + i, h + i, w + i, None, lr, decay, beta1, gain, rho_bs, eps, s, e0 + i,
-                    parameter, time, k0, k1, MAX, scale is not None, STOCHASTIC, MASTER is not None, True, BLOCK,
+                    parameter, time, k0, k1,
+                    MAX, NESTEROV, scale is not None, STOCHASTIC, MASTER is not None, True, BLOCK,
                 )  # fmt: skip
                 if unclipped is not None:
                     below += tallied(clear.to(tl.int32), AT_ONCE)
@@ -136,7 +138,8 @@ def _sophia_step(
                 mask = off < left - i
                 clear = _update(
                     p + i, g + i, m + i, h + i, w + i, mask, lr, decay, beta1, gain, rho_bs, eps, s, e0 + i,
-                    parameter, time, k0, k1, MAX, scale is not None, STOCHASTIC, MASTER is not None, False, BLOCK,
+                    parameter, time, k0, k1,
+                    MAX, NESTEROV, scale is not None, STOCHASTIC, MASTER is not None, False, BLOCK,
                 )  # fmt: skip
                 if unclipped is not None:
                     below += tallied((clear & mask).to(tl.int32), AT_ONCE)
@@ -160,6 +163,7 @@ def sophia_step_(
     weight_decay,
     denominator="add",
     maximize=False,
+    nesterov=False,
     scale=None,
     skip=None,
     step=None,
@@ -202,6 +206,7 @@ def sophia_step_(
         *lists.dtypes,
         *[None] * (5 - len(lists.dtypes)),
         denominator == "max",
+        nesterov,
         stochastic,
     )
 
@@ -380,10 +385,10 @@ def _variant(kernel, name, types, constants, dtypes, registers, reads, writes, e
 
 
 def _step_variant(
-    name, P, G, M, MASTER, registers, reads, writes, executed, stochastic=False, maximum=False, **given
+    name, P, G, M, MASTER, registers, reads, writes, executed, stochastic=False, maximum=False, nesterov=False, **given
 ):  # fmt: skip
     dtypes = {"P": P, "G": G, "M": M, "H": M, "MASTER": MASTER}
-    constants = {"MAX": maximum, "STOCHASTIC": stochastic}
+    constants = {"MAX": maximum, "NESTEROV": nesterov, "STOCHASTIC": stochastic}
     return _variant(_sophia_step, name, _STEP | given, constants, dtypes, registers, reads, writes, executed)
 
 
@@ -400,6 +405,7 @@ _ALL = {"lr_at": "*fp32", "rho_bs_at": "*fp32", "scale": "*fp32", "skip": "*fp32
 VARIANTS = [
     _step_variant("float32", _F, _F, _F, None, 64, 16, 8, (23,)),
     _step_variant("float32, max", _F, _F, _F, None, 64, 16, 8, (24,), maximum=True),
+    _step_variant("float32, nesterov", _F, _F, _F, None, 64, 16, 8, (25,), nesterov=True),
     _step_variant("float32, device scalars", _F, _F, _F, None, 64, 16, 8, (31, 0.5, 0.5, 1.04), **_ALL),
     _step_variant("bfloat16, stochastic", _B, _B, _F, None, 128, 12, 6, (47, 8, 2, 1.47), stochastic=True),
     _step_variant(

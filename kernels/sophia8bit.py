@@ -101,10 +101,10 @@ def _encode(x, random, codes, off, scale, rows, mask, here, LEVELS: tl.constexpr
 @triton.jit
 def _update(
     p, g, m, h, w, m_scale, h_scale, left, lr, decay, beta1, gain, rho_bs, eps, scale, e0, parameter, time, k0, k1,
-    MAX: tl.constexpr, SCALED: tl.constexpr, STOCHASTIC: tl.constexpr, MASTER: tl.constexpr, LEVELS: tl.constexpr,
-    FULL: tl.constexpr, ROWS: tl.constexpr,
+    MAX: tl.constexpr, NESTEROV: tl.constexpr, SCALED: tl.constexpr, STOCHASTIC: tl.constexpr, MASTER: tl.constexpr,
+    LEVELS: tl.constexpr, FULL: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Update ROWS blocks; p, g, m, h, w, m_scale, h_scale: pointers to their first element. Returns |m| < d."""
+    """Update ROWS blocks; p, g, m, h, w, m_scale, h_scale: pointers to their first element. Returns |mbar| < d."""
     rows = tl.arange(0, ROWS)
     off = rows[:, None] * ROW + tl.arange(0, ROW)[None, :]
     mask = None if FULL else off < left
@@ -115,7 +115,7 @@ def _update(
     h_ = _decode(h, off, h_scale, rows, mask, here, LEVELS)
     if SCALED:
         g_ *= scale
-    w_, m_, clear = clipped_update(w_, g_, m_, h_, lr, decay, beta1, gain, rho_bs, eps, MAX)
+    w_, m_, clear = clipped_update(w_, g_, m_, h_, lr, decay, beta1, gain, rho_bs, eps, MAX, NESTEROV)
     if MASTER:
         tl.store(w + off, w_, mask)
     if STOCHASTIC:
@@ -132,7 +132,7 @@ def _sophia_step_8bit(
     addresses, facts, chunks, tensors, count, lr, decay, weight_decay, beta1, gain, rho_bs, eps,
     lr_at, rho_bs_at, scale, skip, unclipped, step, time: tl.uint32, k0: tl.uint32, k1: tl.uint32,
     P: tl.constexpr, G: tl.constexpr, H: tl.constexpr, MASTER: tl.constexpr,
-    MAX: tl.constexpr, STOCHASTIC: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr,
+    MAX: tl.constexpr, NESTEROV: tl.constexpr, STOCHASTIC: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     if is_set(skip):
         return
@@ -156,7 +156,7 @@ def _sophia_step_8bit(
             clear = _update(
                 p + i, g + i, m + i, h + i, w + i, m_scale + i // ROW * 2, h_scale + i // ROW * 2, left, lr, decay,
                 beta1, gain, rho_bs, eps, s, e0 + i, parameter, time, k0, k1,
-                MAX, scale is not None, STOCHASTIC, MASTER is not None, LEVELS, True, ROWS,
+                MAX, NESTEROV, scale is not None, STOCHASTIC, MASTER is not None, LEVELS, True, ROWS,
             )  # fmt: skip
             if unclipped is not None:
                 below += tl.sum(clear.to(tl.int32))
@@ -168,7 +168,7 @@ def _sophia_step_8bit(
             clear = _update(
                 p + i, g + i, m + i, h + i, w + i, m_scale + i // ROW * 2, h_scale + i // ROW * 2, left - i, lr, decay,
                 beta1, gain, rho_bs, eps, s, e0 + i, parameter, time, k0, k1,
-                MAX, scale is not None, STOCHASTIC, MASTER is not None, LEVELS, False, MASKED_ROWS,
+                MAX, NESTEROV, scale is not None, STOCHASTIC, MASTER is not None, LEVELS, False, MASKED_ROWS,
             )  # fmt: skip
             if unclipped is not None:
                 below += tl.sum(clear.to(tl.int32))
@@ -193,6 +193,7 @@ def sophia_step_8bit_(
     weight_decay,
     denominator="add",
     maximize=False,
+    nesterov=False,
     scale=None,
     skip=None,
     step,
@@ -240,6 +241,7 @@ def sophia_step_8bit_(
         H,
         master_dtype[0] if master_dtype else None,
         denominator == "max",
+        nesterov,
         stochastic and not master and P == tl.bfloat16,
     )
 
@@ -360,8 +362,11 @@ def _variant(kernel, name, types, constants, registers, reads, writes, narrow, e
     }
 
 
-def _step_variant(name, P, H, MASTER, registers, executed, maximum=False, stochastic=False, **given):
-    constants = {"P": P, "G": P, "H": H, "MASTER": MASTER, "MAX": maximum, "STOCHASTIC": stochastic}
+def _step_variant(
+    name, P, H, MASTER, registers, executed, maximum=False, nesterov=False, stochastic=False, **given
+):  # fmt: skip
+    constants = {"P": P, "G": P, "H": H, "MASTER": MASTER}
+    constants |= {"MAX": maximum, "NESTEROV": nesterov, "STOCHASTIC": stochastic}
     types = dict.fromkeys(_NUMBERS, "fp32") | given
     size, master = P.primitive_bitwidth // 8, 4 if MASTER else 0
     wide = (master or size) + size, size + master
@@ -381,6 +386,7 @@ _F, _B, _U, _S = tl.float32, tl.bfloat16, tl.uint8, tl.int8
 VARIANTS = [
     _step_variant("float32", _F, _U, None, 96, (97, 9.5, 2, 1.35)),
     _step_variant("float32, max", _F, _S, None, 96, (103, 9.5, 2, 1.35), maximum=True),
+    _step_variant("float32, nesterov", _F, _U, None, 96, (99, 9.5, 2, 1.35), nesterov=True),
     _step_variant("float32, device scalars", _F, _U, None, 112, (106, 10.5, 3, 1.37), **_SCALARS),
     _step_variant("bfloat16, stochastic", _B, _U, None, 120, (116, 1.5, 1), stochastic=True),
     _step_variant("bfloat16, master", _B, _U, _F, 112, (99, 9.5, 2, 1.13)),

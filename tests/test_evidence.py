@@ -65,17 +65,17 @@ def test_lion_is_its_equation_and_with_equal_betas_sophia_without_curvature():
     torch.testing.assert_close(sign, sophia)
 
 
-def test_nesterov_is_its_equation():
-    from benchmarks.evidence.optimizers import NesterovSophiaG
+def test_nesterov_is_the_option_and_without_curvature_lion():
+    from benchmarks.evidence.optimizers import Lion, make
 
-    p, gradients = small_problem()
-    expected, m, h = p.detach().double(), torch.zeros(6, 4).double(), torch.full((6, 4), 2.0).double()
-    optimizer = NesterovSophiaG([p], lr=1e-2, betas=(0.9, 0.99), rho=0.5, weight_decay=0.0, bs=1)
-    optimizer.state[p] = {"step": torch.tensor(0.0), "exp_avg": torch.zeros(6, 4), "hessian": torch.full((6, 4), 2.0)}
-    for g in gradients:
-        m = 0.9 * m + 0.1 * g.double()
-        expected = expected - 1e-2 * ((0.9 * m + 0.1 * g.double()) / (0.5 * h)).clamp(-1, 1)
-    torch.testing.assert_close(steps(optimizer, p, gradients).double(), expected)
+    for name, flag in (("nesterov", True), ("sophiag", False)):
+        optimizer = make(torch.nn.Linear(4, 4), name, lr=1e-2, beta1=0.9, rho=0.05, seed=0)
+        assert type(optimizer) is growkit.SophiaG
+        assert [group["nesterov"] for group in optimizer.param_groups] == [flag, flag]
+    (p, gradients), (q, _) = small_problem(), small_problem()
+    lion = steps(Lion([p], 1e-2, (0.81, 0.9), 0.1), p, gradients)
+    options = {"betas": (0.9, 0.99), "rho": 0.0, "weight_decay": 0.1, "nesterov": True}
+    torch.testing.assert_close(steps(growkit.SophiaG([q], lr=1e-2, **options), q, gradients), lion)
 
 
 def test_a_corrected_h_is_divided_by_its_weight():

@@ -1,5 +1,7 @@
 """The optimizers that are compared, by name; the baselines that neither torch nor growkit has are here."""
 
+import functools
+
 import torch
 
 import growkit
@@ -28,25 +30,6 @@ class Lion(torch.optim.Optimizer):
             torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
             torch._foreach_add_(params, u, alpha=-group["lr"])
             torch._foreach_lerp_(m, grads, 1 - b2)
-
-
-class NesterovSophiaG(growkit.SophiaG):
-    """SophiaG that clips u = b1*m + (1-b1)*g in place of m.
-
-    u <- b1*u + (1-b1)*(g + b1*(g - g_before)) follows from m <- b1*m + (1-b1)*g: SophiaG of other gradients, whose
-    `exp_avg` is u.
-    """
-
-    @torch.no_grad()
-    def step(self):
-        self.before = getattr(self, "before", {})
-        for i, group in enumerate(self.param_groups):
-            grads = [p.grad for p in group["params"] if p.grad is not None]
-            kept = [g.clone() for g in grads]
-            before = self.before.get(i, [torch.zeros_like(g) for g in grads])
-            torch._foreach_add_(grads, torch._foreach_sub(kept, before), alpha=group["betas"][0])
-            self.before[i] = kept
-        super().step()
 
 
 class CorrectedSophiaG(growkit.SophiaG):
@@ -94,7 +77,7 @@ class Several:
 SOPHIAS = {
     "sophiag": growkit.SophiaG,
     "sophiah": growkit.SophiaH,
-    "nesterov": NesterovSophiaG,
+    "nesterov": functools.partial(growkit.SophiaG, nesterov=True),
     "corrected": CorrectedSophiaG,
     "early": EarlySophiaG,
     "mixed": growkit.SophiaG,

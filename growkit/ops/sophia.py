@@ -16,8 +16,8 @@ def _sophia_step_fake(p, g, m, h, master=None, unclipped=None, *, denominator="a
 _SOPHIA_STEP = (
     "(Tensor(a!)[] p, Tensor[] g, Tensor(b!)[] m, Tensor[] h, Tensor(c!)[]? master=None, Tensor(d!)? unclipped=None, *,"
     " {scalar} lr, float beta1, {scalar} rho_bs, float eps, float weight_decay, str denominator='add',"
-    " bool maximize=False, Tensor? scale=None, Tensor? skip=None, Tensor? step=None, int? seed=None,"
-    " int[] parameter=[], int[] offset=[]) -> ()"
+    " bool maximize=False, bool nesterov=False, Tensor? scale=None, Tensor? skip=None, Tensor? step=None,"
+    " int? seed=None, int[] parameter=[], int[] offset=[]) -> ()"
 )
 _sophia_step = with_kernel("sophia", reference.sophia_step_)
 define("sophia_step_.tensor" + _SOPHIA_STEP.format(scalar="Tensor"), _sophia_step, _sophia_step_fake)

@@ -53,8 +53,8 @@ def _sophia_step_8bit_fake(
 _SOPHIA_STEP_8BIT = (
     "(Tensor(a!)[] p, Tensor[] g, Tensor(b!)[] m, Tensor[] h, Tensor(c!)[] m_scale, Tensor[] h_scale,"
     " Tensor(d!)[]? master=None, Tensor(e!)? unclipped=None, *, {scalar} lr, float beta1, {scalar} rho_bs, float eps,"
-    " float weight_decay, str denominator='add', bool maximize=False, Tensor? scale=None, Tensor? skip=None,"
-    " Tensor step, int seed, int[] parameter, int[] offset=[], bool stochastic=False) -> ()"
+    " float weight_decay, str denominator='add', bool maximize=False, bool nesterov=False, Tensor? scale=None,"
+    " Tensor? skip=None, Tensor step, int seed, int[] parameter, int[] offset=[], bool stochastic=False) -> ()"
 )
 _sophia_step_8bit = with_kernel("sophia8bit", reference.sophia_step_8bit_)
 define(

@@ -230,8 +230,7 @@ def after_step(optimizer: Any, result: dict | None) -> None:
     """Count the step, and fold the estimate into `h`."""
     attachment = optimizer._attachment
     optimizer._since_refresh += 1
-    if is_due(optimizer.param_groups[0]):
-        optimizer._observe()
+    optimizer._observe(is_due(optimizer.param_groups[0]))
     # A step with no forward before it (a checkpoint library making the state) is not one of the schedule.
     if attachment is None or attachment.called:
         for each in optimizer.param_groups:

@@ -53,6 +53,7 @@ class SophiaBase(Optimizer):
         self._unclipped = {}  # device -> (elements not clipped in the last counted step, a tensor; elements counted)
         self._skipped = 0
         self._skipped_steps = {}  # device -> count, a tensor; a dict, for torch 2.10 traces no assignment to attributes
+        self._taken = {"scale": None, "skip": None}  # how the last step took its gradients, as `_scale_and_skip` tells
         self._buckets = Buckets(type(self).__name__, self._curvature_codes)
         self._telemetry = Telemetry()
         self._compared = False  # whether several processes were found to hold the same parameters
@@ -113,7 +114,8 @@ class SophiaBase(Optimizer):
         State keeps its own dtype (float32 for bfloat16 parameters), which `Optimizer.load_state_dict` would cast; where
         this optimizer was made with a `state_dtype`, the file's state is converted to it, rounded to nearest. Group
         keys that the file lacks, and the schedule of an attached optimizer if the file has none, keep the values
-        of this optimizer. Raises ValueError, with nothing changed, if the state does not fit the parameters.
+        of this optimizer; only `nesterov` is off without a key, for such a file's steps were taken without. Raises
+        ValueError, with nothing changed, if the state does not fit the parameters.
         """
         loaded, converted = {}, {}
 
@@ -155,6 +157,7 @@ class SophiaBase(Optimizer):
         super().__setstate__(state)
         if "_attachment" not in self.__dict__:
             self._reset_runtime()
+        self.defaults.setdefault("nesterov", False)  # pickled before there was one
         for group in self.param_groups:
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
@@ -208,10 +211,12 @@ class SophiaBase(Optimizer):
     def _after_step(self, refresh):
         after_step(self, refresh)
 
-    def _observe(self):
-        if not _capturing():
+    def _observe(self, due):
+        """Keep what a refresh that is due, or may be asked for, has to know of the step just taken."""
+        asked = _solves_by_hand(self.param_groups[0]) and any(group["nesterov"] for group in self.param_groups)
+        if (due or asked) and not _capturing():
             prepared = self._buckets.prepare(self.param_groups, self.state)
-            self._telemetry.after_due_step(prepared, self._denominator, self._elements())
+            self._telemetry.after_step(prepared, self._denominator, self._elements(), **self._taken)
 
     def _elements(self):
         """Number of elements of all parameters, of those that other processes hold as well."""
@@ -230,11 +235,11 @@ class SophiaBase(Optimizer):
     def _update(self, bs):
         prepared = self._buckets.prepare(self.param_groups, self.state)
         scale, skip = self._scale_and_skip(prepared)
+        self._taken.update(scale=scale, skip=skip)
         # A graph counts whenever it runs: which of its runs comes before a refresh is not known here, nor where
         # update_hessian() is called by hand.
         first = self.param_groups[0]
-        by_hand = first["target_unclipped"] is not None and not first["every"]
-        counting = torch.compiler.is_compiling() or _capturing() or by_hand or is_due(first)
+        counting = torch.compiler.is_compiling() or _capturing() or _solves_by_hand(first) or is_due(first)
         if counting:
             self._unclipped.clear()
             if not any(buckets for _, buckets in prepared):  # all the same told at a refresh of several processes
@@ -266,6 +271,7 @@ class SophiaBase(Optimizer):
                     "weight_decay": group["weight_decay"],
                     "denominator": self._denominator,
                     "maximize": group["maximize"],
+                    "nesterov": group["nesterov"],
                     "scale": scale,
                     "skip": skip,
                     "step": bucket["step"],
@@ -422,13 +428,13 @@ class SophiaBase(Optimizer):
     def metrics(self) -> dict[str, float]:
         """{name: number} for a logger, as of the last refresh whose numbers have arrived: the host never waits.
 
-        unclipped: fraction of elements with |m| < d in the step before it. rho: of the first group. rho_solved: what
-        rho="auto" moves to. refresh_grad_norm: 2-norm of the gradient of the sampled labels (SophiaG) or of Hu
-        (SophiaH). h_q10, h_q50, h_q90: quantiles of the `h` of that step, to within 9 % (they come from counts in bins
-        2^(1/8) apart, from 2^-128 to 2^64). update_grad_cosine: of the update, apart from decay, and the gradient of
-        that step; 1 is plain descent. refreshes, skipped: how many, and how many of them were not finite. All speak for
-        all processes, quantiles and cosine by some 65,536 elements spread evenly over all parameters. What is not
-        finite or not known is left out; empty before the first refresh.
+        unclipped: fraction of elements with |m| < d, or with `nesterov` |mbar| < d, in the step before it. rho: of the
+        first group. rho_solved: what rho="auto" moves to. refresh_grad_norm: 2-norm of the gradient of the sampled
+        labels (SophiaG) or of Hu (SophiaH). h_q10, h_q50, h_q90: quantiles of the `h` of that step, to within 9 % (they
+        come from counts in bins 2^(1/8) apart, from 2^-128 to 2^64). update_grad_cosine: of the update, apart from
+        decay, and the gradient of that step; 1 is plain descent. refreshes, skipped: how many, and how many of them
+        were not finite. All speak for all processes, quantiles and cosine by some 65,536 elements spread evenly over
+        all parameters. What is not finite or not known is left out; empty before the first refresh.
         """
         told = self._telemetry.receive()
         told = {"rho": float(self.param_groups[0]["rho"]), **told} if told else {}
@@ -437,9 +443,9 @@ class SophiaBase(Optimizer):
     def stats(self) -> dict[str, float | None]:
         """How the optimizer fares: {steps, refreshes, skipped, skipped_steps, unclipped}. May wait for the device.
 
-        unclipped: fraction of elements with |m| < d, the official `win_rate`, in the last step before a refresh was
-        due; None before the first such step. skipped, skipped_steps: refreshes and steps of this process that were not
-        finite: steps where a `GradScaler` found an overflow, or where `clip_grad_norm` found no finite norm.
+        unclipped: as in `metrics`, the official `win_rate`, in the last step before a refresh was due; None before the
+        first such step. skipped, skipped_steps: refreshes and steps of this process that were not finite: steps
+        where a `GradScaler` found an overflow, or where `clip_grad_norm` found no finite norm.
         """
         group = self.param_groups[0]
         elements = int(sum(counted for _, counted in self._unclipped.values()))
@@ -451,6 +457,11 @@ class SophiaBase(Optimizer):
             "skipped_steps": sum(map(int, self._skipped_steps.values())),
             "unclipped": unclipped,
         }
+
+
+def _solves_by_hand(group):
+    """Whether a refresh that solves for rho may follow any step."""
+    return group["target_unclipped"] is not None and not group["every"]
 
 
 def _capturing():

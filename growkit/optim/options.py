@@ -19,7 +19,7 @@ StateDtype = torch.dtype | Literal["8bit"]
 
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64, torch.complex128)
 _NUMBERS = ("lr", "rho", "weight_decay", "eps")
-_FLAGS = ("maximize", "capturable", "differentiable")
+_FLAGS = ("maximize", "nesterov", "capturable", "differentiable")
 _OTHERS = ("bs", "betas", "target_unclipped", "clip_grad_norm", "seed", "state_dtype", "bf16_update")
 _TARGET = "None or a fraction between 0 and 1"
 _values = itemgetter(*_NUMBERS, *_FLAGS, *_OTHERS)

@@ -37,6 +37,11 @@ class SophiaG(SophiaBase):
     rho: dimensionless; larger rho clips fewer elements. About 0.03 to 0.2; watch `metrics()["unclipped"]`. "auto"
         starts at 0.04 and holds the fraction of elements that are not clipped at `target_unclipped`.
     weight_decay: decoupled, applied before the step.
+    nesterov: clip mbar = beta1*m + (1-beta1)*g, the average as it would be after a second step along g, in place of m,
+        whose own equation and state stay as they are: Nesterov's momentum as NAdam has it (Dozat, "Incorporating
+        Nesterov Momentum into Adam", ICLR 2016 workshop), without the correction of its start. At h = 0 this is Lion's
+        update (arXiv:2302.06675) with its betas (b^2, b) for b = beta1. What is said here of |m|, and of unclipped
+        elements everywhere, is then of |mbar|.
     bs: labels per optimizer step in the official code, which multiplies h by it at use. `attach` and `refresh` count
         labels themselves and store h so that bs cancels; with bare `update_hessian()` it must be the number of labels.
     foreach: without effect, for every step is one call on lists of tensors anyway.
@@ -76,6 +81,7 @@ class SophiaG(SophiaBase):
         weight_decay: float = 1e-1,
         *,
         maximize: bool = False,
+        nesterov: bool = False,
         foreach: bool | None = None,
         fused: bool | None = None,
         capturable: bool = False,
@@ -89,8 +95,9 @@ class SophiaG(SophiaBase):
         seed: int = 0,
     ) -> None:
         flags = {"foreach": foreach, "fused": fused, "capturable": capturable, "differentiable": differentiable}
-        common = {"maximize": maximize, "eps": eps, "clip_grad_norm": clip_grad_norm, "seed": seed, **flags}
-        common |= {"bf16_update": bf16_update, "state_dtype": state_dtype, "target_unclipped": target_unclipped}
+        common = {"maximize": maximize, "nesterov": nesterov, "eps": eps, "seed": seed, **flags}
+        common |= {"clip_grad_norm": clip_grad_norm, "target_unclipped": target_unclipped}
+        common |= {"bf16_update": bf16_update, "state_dtype": state_dtype}
         super().__init__(params, lr=lr, betas=betas, rho=rho, weight_decay=weight_decay, bs=bs, **common)
 
     def attach(
@@ -202,6 +209,7 @@ class SophiaH(SophiaBase):
         weight_decay: float = 1e-1,
         *,
         maximize: bool = False,
+        nesterov: bool = False,
         foreach: bool | None = None,
         fused: bool | None = None,
         capturable: bool = False,
@@ -214,8 +222,9 @@ class SophiaH(SophiaBase):
         seed: int = 0,
     ) -> None:
         flags = {"foreach": foreach, "fused": fused, "capturable": capturable, "differentiable": differentiable}
-        common = {"maximize": maximize, "eps": eps, "clip_grad_norm": clip_grad_norm, "seed": seed, **flags}
-        common |= {"bf16_update": bf16_update, "state_dtype": state_dtype, "target_unclipped": target_unclipped}
+        common = {"maximize": maximize, "nesterov": nesterov, "eps": eps, "seed": seed, **flags}
+        common |= {"clip_grad_norm": clip_grad_norm, "target_unclipped": target_unclipped}
+        common |= {"bf16_update": bf16_update, "state_dtype": state_dtype}
         super().__init__(params, lr=lr, betas=betas, rho=rho, weight_decay=weight_decay, bs=1, **common)
 
     def attach(

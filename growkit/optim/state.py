@@ -160,6 +160,7 @@ def complete_groups(param_groups, groups, defaults):
                 warn(f"the loaded file has no {key}: keeping {key}={own[key]}")
         if not group.get("every"):
             group |= {"every": own["every"], "phase": own["phase"]}
+        group.setdefault("nesterov", False)
         for key in defaults:
             group.setdefault(key, own[key])
         group["state_dtype"] = own["state_dtype"] or group["state_dtype"]

@@ -22,7 +22,8 @@ QUANTILES = {"h_q10": 0.1, "h_q50": 0.5, "h_q90": 0.9}
 START, TARGET, MOST, GAIN = 0.04, 0.1, 0.9, 0.5
 SMALLEST, LARGEST = START / 1e5, START * 1e5
 
-# Quantiles come from counts of the elements up to each of these edges, 2^(1/8) apart: of h, and of |m|/(rho*bs*h).
+# Quantiles come from counts of the elements up to each of these edges, 2^(1/8) apart: of h, and of |m|/(rho*bs*h), with
+# mbar for m where that is what a step clips.
 _PER_OCTAVE = 8
 _H_OCTAVES, _FACTOR_OCTAVES = (-128, 64), (-32, 32)
 _COSINE = 3  # sums: u.g, u.u, g.g
@@ -35,15 +36,20 @@ class Telemetry:
         self._sent = None  # (events, {name: copy on the host}) of the last refresh
         self._arrived = {}  # {name: number} of the last refresh whose copies are known to be there
         self._products = []  # (a parameter of the bucket, u.g, u.u and g.g) for each bucket of the last due step
+        self._ahead = []  # (group, a parameter of the bucket, mbar, h) for each bucket with `nesterov` of that step
         self._all_clipped = False
 
-    def after_due_step(self, prepared, denominator, elements):
+    def after_step(self, prepared, denominator, elements, scale, skip):
         """Keep what the cosine of the update u just taken, apart from decay, and the gradient g is formed from.
 
-        elements: of all parameters, whole and on all processes.
+        So is what only this step's gradients tell, mbar of groups with `nesterov`. elements: of all parameters, whole
+        and on all processes. scale, skip: of this step, as the ops take them.
         """
-        self._products = []
+        self._products, self._ahead = [], []
         for group, bucket, (m, h, g) in _samples(prepared, elements, "exp_avg", "hessian", "g"):
+            if group["nesterov"]:
+                m = _mbar(m, g, group, scale, skip)
+                self._ahead.append((group, bucket["whole"], m, h))
             d = float(group["rho"]) * float(group["bs"]) * h
             d = d + group["eps"] if denominator == "add" else d.clamp(min=group["eps"])
             # In double, for squares of small gradients vanish in float32.
@@ -60,14 +66,21 @@ class Telemetry:
         products = torch.zeros(_COSINE, dtype=torch.float64, device=device)
         for p, own in self._products:
             products += share(p) * own.to(device)
-        counts = torch.zeros(3 + len(h_edges) + len(factor_edges), dtype=torch.float64, device=device)
+        spread = torch.zeros(1 + len(h_edges), dtype=torch.float64, device=device)
+        counts = torch.zeros(2 + len(factor_edges), dtype=torch.float64, device=device)
+        now = []
         for group, bucket, (m, h) in _samples(prepared, elements, "exp_avg", "hessian"):
+            h = h.to(device).double()
+            spread += share(bucket["whole"]) * torch.cat([h.new_full((1,), len(h)), _up_to(h_edges, h)])
+            if all(group is not other for other, *_ in self._ahead):  # or no step has been seen: m is what is known
+                now.append((group, bucket["whole"], m, h))
+        for group, whole, m, h in (*now, *self._ahead):
             m, h = m.to(device).abs().double(), h.to(device).double()
             moved, curved = m != 0, (m != 0) & (h > 0)
             factor = torch.where(curved, m / (h * (float(group["rho"]) * float(group["bs"]))), float("inf"))
-            numbers = torch.stack([torch.full_like(moved.sum(), len(h)), moved.sum(), curved.sum()])
-            counts += share(bucket["whole"]) * torch.cat([numbers, _up_to(h_edges, h), _up_to(factor_edges, factor)])
-        return torch.cat([products, counts])
+            numbers = torch.stack([moved.sum(), curved.sum()])
+            counts += share(whole) * torch.cat([numbers, _up_to(factor_edges, factor)])
+        return torch.cat([products, spread, counts])
 
     def after_refresh(self, sums, gradient_norm, fraction, skipped, group):
         """Send the metrics of a refresh on their way to the host. Returns the rho that its sums solve for, or 0.
@@ -76,8 +89,8 @@ class Telemetry:
         tensors. group: the first one, as it was in the step before.
         """
         h_edges, factor_edges = _edges(sums.device)
-        (ug, uu, gg), (n, moved, curved), up_to_h, up_to_factor = sums.split(
-            [_COSINE, 3, len(h_edges), len(factor_edges)]
+        (ug, uu, gg), (n,), up_to_h, (moved, curved), up_to_factor = sums.split(
+            [_COSINE, 1, len(h_edges), 2, len(factor_edges)]
         )
         levels = torch.stack([level * n for level in QUANTILES.values()])
         found = dict(zip(QUANTILES, _at(levels, up_to_h, h_edges).unbind(), strict=True))
@@ -140,6 +153,14 @@ def move(group, told, solved):
         aim, gain = float(solved), 1.0
     rho = max(float(group["rho"]), SMALLEST)  # a schedule may have set it
     return (aim / rho) ** gain if aim > 0 else 1.0
+
+
+def _mbar(m, g, group, scale, skip):
+    """mbar of the step that left m, of samples of m and g; of a step that was skipped m."""
+    beta1 = group["betas"][0]
+    gain = beta1 - 1 if group["maximize"] else 1 - beta1
+    mbar = beta1 * m + gain * (g if scale is None else g * scale.to(g.device))
+    return mbar if skip is None else torch.where(skip.to(m.device) != 0, m, mbar)
 
 
 def _samples(prepared, elements, *names):

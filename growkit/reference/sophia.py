@@ -21,6 +21,7 @@ def sophia_step_(
     weight_decay,
     denominator="add",
     maximize=False,
+    nesterov=False,
     scale=None,
     skip=None,
     step=None,
@@ -31,8 +32,9 @@ def sophia_step_(
     """Clipped update of a list of tensors, in place (Sophia, arXiv:2305.14342, Algorithm 3).
 
         m <- beta1*m + (1-beta1)*g
-        p <- p*(1 - lr*weight_decay) - lr*clip(m/d, -1, 1)
+        p <- p*(1 - lr*weight_decay) - lr*clip(mbar/d, -1, 1)
         d = rho_bs*h + eps ("add", SophiaG)  or  max(rho_bs*h, eps) ("max", SophiaH)
+        mbar = m  or, with `nesterov`,  beta1*m + (1-beta1)*g, which looks a step ahead (Dozat 2016, m-bar of NAdam)
 
     p, g, m, h: lists of tensors, equal in shape within each position, each of any floating dtype; the update computes
     in float32 (float64 for float64 p). Where p is narrower, the result goes to `master` (in the dtype of computation)
@@ -42,7 +44,7 @@ def sophia_step_(
     lr, rho_bs: numbers or 1-element tensors. lr bounds |dp| per step apart from decay; every product of scalars is
     formed in double on the host. maximize: follow -g.
     scale: 0-d tensor that multiplies g. skip: 0-d tensor; nonzero leaves everything as it is.
-    unclipped: int64 0-d tensor that grows by the number of elements with |m| < d. step: 0-d tensor.
+    unclipped: int64 0-d tensor that grows by the number of elements with |mbar| < d. step: 0-d tensor.
     Cost: reads p, g, m, h and writes p, m once per block. Deterministic. An element's result does not depend on its
     neighbours, so blocks, shards and devices agree.
     """
@@ -63,10 +65,11 @@ def sophia_step_(
             if decay != 1:
                 w.mul_(decay)
             m_w.mul_(beta1).add_(g_b, alpha=gain)
+            mbar = (m_w * beta1).add_(g_b, alpha=gain) if nesterov else m_w
             d = torch.empty_like(h_w) if d is None or d.shape != h_w.shape else d
             torch.mul(h_w, rho_bs, out=d)
             d = d.add_(eps) if denominator == "add" else d.clamp_(min=eps)
-            u = torch.div(m_w, d, out=d)
+            u = torch.div(mbar, d, out=d)
             if unclipped is not None:
                 unclipped += (u.abs() < 1).sum()
             w.add_(u.clamp_(-1, 1), alpha=-lr)

@@ -85,6 +85,7 @@ def sophia_step_8bit_(
     weight_decay,
     denominator="add",
     maximize=False,
+    nesterov=False,
     scale=None,
     skip=None,
     step,
@@ -105,8 +106,8 @@ def sophia_step_8bit_(
     if blocks.is_set(skip):
         return
     options = {"lr": lr, "beta1": beta1, "rho_bs": rho_bs, "eps": eps, "weight_decay": weight_decay}
-    options |= {"denominator": denominator, "maximize": maximize, "scale": scale, "step": step}
-    options |= {"seed": seed if stochastic else None}
+    options |= {"denominator": denominator, "maximize": maximize, "nesterov": nesterov}
+    options |= {"scale": scale, "step": step, "seed": seed if stochastic else None}
     for i, (p_i, g_i) in enumerate(zip(p, g, strict=True)):
         wide = [p_i, master[i]] if master else [p_i]
         flat = [t.contiguous().view(-1) for t in wide]

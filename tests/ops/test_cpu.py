@@ -68,12 +68,13 @@ def test_step_has_the_bits_of_the_reference(dtypes, instructions):
     roundings = [("nearest", None)]
     if dtypes[0] == B:
         roundings += [("stochastic", 2**40 + 5), ("master", None)]
-    for denominator, (rounding, seed), other in itertools.product(("add", "max"), roundings, (False, True)):
+    flags = False, True
+    for denominator, (rounding, seed), other, nesterov in itertools.product(("add", "max"), roundings, flags, flags):
         ours = operands(dtypes)
         theirs = copies(ours)
         masters = [[p.float() for p in x[0]] if rounding == "master" else None for x in (ours, theirs)]
         counts = torch.zeros((), dtype=torch.int64), torch.ones((), dtype=torch.int64)
-        options = SCALARS | {"denominator": denominator, "maximize": other}
+        options = SCALARS | {"denominator": denominator, "maximize": other, "nesterov": nesterov}
         options |= {"scale": torch.tensor(0.37), "weight_decay": 0.0} if other else {}
         options |= {"seed": seed, "step": torch.tensor(7.0), "parameter": range(3, 8), "offset": (0, 1, 2, 2**35, 13)}
         cpu.sophia_step_(*ours, masters[0], counts[0], **options)

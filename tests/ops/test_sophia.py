@@ -63,6 +63,24 @@ def test_step_is_the_official_op_sequence_bit_for_bit(shape, layout, dtype, maxi
     assert all(map(torch.equal, ours, expected))
 
 
+@pytest.mark.parametrize("denominator", ["add", "max"])
+@pytest.mark.parametrize("maximize", [False, True])
+def test_nesterov_clips_what_beta1_m_plus_a_share_of_g_is(denominator, maximize):
+    p, g, m, h = operands((63, 5), torch.float64)
+    sign = -1 if maximize else 1
+    new_m = BETA1 * m + (1 - BETA1) * sign * 3 * g
+    mbar = BETA1 * new_m + (1 - BETA1) * sign * 3 * g
+    d = RHO_BS * h + EPS if denominator == "add" else (RHO_BS * h).clamp(min=1e-12)
+    new_p = (1 - LR * DECAY) * p - LR * (mbar / d).clamp(-1, 1)
+    options = {**SCALARS, "eps": EPS if denominator == "add" else 1e-12, "denominator": denominator}
+    options |= {"maximize": maximize, "nesterov": True, "scale": torch.tensor(3.0)}
+    for dtype in (torch.float64, torch.float32):
+        ours, count = [t.to(dtype, copy=True) for t in operands((63, 5), torch.float64)], torch.tensor(0)
+        ops.sophia_step_(*([t] for t in ours), None, count, **options)
+        torch.testing.assert_close(ours[0], new_p.to(dtype)), torch.testing.assert_close(ours[2], new_m.to(dtype))
+        assert count == (mbar.abs() < d).sum() and 0 < count < p.numel()
+
+
 def test_step_walks_mixed_layouts_and_channels_last(small_block):
     p, g, m, h = operands((2, 3, 8, 5))
     expected = [t.clone() for t in (p, g, m, h)]
@@ -340,6 +358,7 @@ ROUNDING = {"step": torch.tensor(1.0), "seed": 1, "parameter": [0, 1, 2, 3]}
 PROBE = {**KEY, "parameter": [0, 1, 2, 3]}
 CHECKS = {
     "step": ("sophia_step_", (P, G, M, H), SCALARS),
+    "step nesterov": ("sophia_step_", (P, G, M, H), {**SCALARS, "nesterov": True}),
     "step bf16": ("sophia_step_", (HALF, G, M, H), {**SCALARS, **ROUNDING}),
     "step master": ("sophia_step_", (HALF, G, M, H, [p.clone() for p in P]), SCALARS),
     "step counter": ("sophia_step_", (P, G, M, H, None, torch.tensor(0)), SCALARS),

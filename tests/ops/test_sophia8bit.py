@@ -138,6 +138,7 @@ STEPS = {
     "float32": ({}, {}),
     "float32, max, signed": ({"h": SIGNED}, {"denominator": "max", "eps": 1e-12}),
     "maximize": ({}, {"maximize": True}),
+    "nesterov": ({}, {"nesterov": True}),
     "bfloat16 gradients": ({"g": BF16}, {}),
     "bfloat16, stochastic": ({"p": BF16, "g": BF16}, {"stochastic": True}),
     "bfloat16, master": ({"p": BF16, "g": BF16, "master": True}, {"stochastic": True}),

@@ -66,7 +66,9 @@ DTYPES = {
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtypes", DTYPES)
-@pytest.mark.parametrize("options", [{}, {"denominator": "max", "eps": 1e-12}, {"maximize": True}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"denominator": "max", "eps": 1e-12}, {"maximize": True}, {"nesterov": True}], ids=str
+)
 def test_step_kernel_equals_reference(dtypes, options):
     dtypes = DTYPES[dtypes]
     found, expected, exact = operands(**dtypes), operands(**dtypes), operands(**dtypes, dtype=torch.float64)

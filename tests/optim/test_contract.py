@@ -35,7 +35,7 @@ def inputs(device, dtype=None):
         "lr": {"lr": 0.01},
         "tensor lr": {"lr": torch.tensor(1e-3)},
         "weight decay": {"weight_decay": 0.9},
-        "maximize": {"weight_decay": 0.1, "maximize": True},
+        "maximize, nesterov": {"weight_decay": 0.1, "maximize": True, "nesterov": True},
         "rho, eps, betas": {"rho": 1.0, "eps": 1e-8, "betas": (0.9, 0.95)},
         "clip": {"clip_grad_norm": 0.1},
         "master": {"bf16_update": "master"},

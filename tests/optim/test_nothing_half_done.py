@@ -197,7 +197,7 @@ def inference(x):
 OPTIONS = {"lr": ["1e-4", None, torch.ones(2)], "rho": ["auto", -1.0, torch.ones(2)], "eps": [None], "bs": [0, "64"]}
 OPTIONS |= {"weight_decay": [float("inf"), torch.ones(2)], "betas": [(0.9, 2.0), 0.9, [0.9, None]], "seed": [0.5]}
 OPTIONS |= {"maximize": ["false"], "capturable": [True], "differentiable": [True], "bf16_update": ["up"]}
-OPTIONS |= {"state_dtype": [torch.float64], "clip_grad_norm": [-1.0], "target_unclipped": [2.0]}
+OPTIONS |= {"nesterov": [1], "state_dtype": [torch.float64], "clip_grad_norm": [-1.0], "target_unclipped": [2.0]}
 GROUP = {f"{key}={value}": option(key, value) for key, values in OPTIONS.items() for value in values}
 STATE = {
     "h of another shape": of_state("hessian", lambda h: h[:1]),

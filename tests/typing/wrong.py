@@ -18,6 +18,7 @@ growkit.SophiaG(model.parameters(), rho="automatic")  # wrong
 growkit.SophiaG(model.parameters(), weight_decay=None)  # wrong
 growkit.SophiaG(model.parameters(), 1e-3, (0.9, 0.99), 0.04, 0.1, True)  # wrong
 growkit.SophiaG(model.parameters(), fused="yes")  # wrong
+growkit.SophiaH(model.parameters(), nesterov=None)  # wrong
 growkit.SophiaG(model.parameters(), bf16_update="up")  # wrong
 growkit.SophiaG(model.parameters(), state_dtype="16bit")  # wrong
 growkit.SophiaH(model.parameters(), bs=480)  # wrong

@@ -68,6 +68,7 @@ _step("float32", count=False)
 _step("float32, count")
 _step("float32, max", {"denominator": "max", "eps": 1e-12}, count=False)
 _step("float32, maximize", {"maximize": True})
+_step("float32, nesterov", {"nesterov": True}, count=False)
 _step("float32, two programs", programs=2)
 _step("float32, scale and skip=0", {"scale": torch.tensor(0.25), "skip": torch.tensor(0.0)})
 _step("float32, skip=1", {"skip": torch.tensor(1.0)})
@@ -84,9 +85,12 @@ _step("bfloat16, stochastic, bfloat16 state", stochastic=True, state=BF16, **HAL
 _step("bfloat16, nearest", count=False, **HALF)
 _step("bfloat16, nearest, max", {"denominator": "max", "eps": 1e-12}, **HALF)
 _step("bfloat16, master", count=False, master=F32, **HALF)
+_step("bfloat16, master, nesterov", GIVEN | {"nesterov": True}, master=F32, **HALF)
 _step("float16, master", {"maximize": True}, p=FP16, g=FP16, master=F32)
 _step("bfloat16 state", count=False, state=BF16)
 _step("bfloat16, all", state=BF16, **HALF)
+NESTEROV = {"nesterov": True, "maximize": True, "denominator": "max", "eps": 1e-12}
+_step("bfloat16, all, nesterov", NESTEROV, stochastic=True, state=BF16, **HALF)
 
 
 def _refresh(variant, kind, *, stochastic=False, scale=None, skip=None, **dtypes):
