@@ -22,7 +22,7 @@ def model_and_batches(seed=0):
 
 
 @pytest.mark.parametrize("cls", [SophiaG, SophiaH])
-@pytest.mark.parametrize("options", [{}, {"clip_grad_norm": 0.5}, {"state_dtype": BF16}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"clip_grad_norm": 0.5, "nesterov": True}, {"state_dtype": BF16}], ids=str)
 def test_training_on_the_kernels_is_training_on_the_reference(cls, options, monkeypatch):
     """attach(), refreshes, clipping and all: once through the kernels, whatever the device, once through the oracle."""
     runs = []
@@ -66,7 +66,7 @@ def fill(ps, seed):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("options", [{}, {"clip_grad_norm": 0.05}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"clip_grad_norm": 0.05, "nesterov": True}], ids=str)
 def test_a_cuda_graph_replays_with_the_lr_of_the_moment(options):
     def make():
         ps = [*cuda_parameters((70, 50), (5000,)), *cuda_parameters((64, 64), dtype=BF16)]
