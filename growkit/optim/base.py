@@ -390,7 +390,7 @@ class SophiaBase(Optimizer):
         if self._unclipped and processes.size > 1:
             self._unclipped = {zero.device: (unclipped, counted)}
         norm = square.sqrt()
-        skip = ~norm.isfinite()
+        skip = ~square.float().isfinite()  # in float32 h would hold inf from now on
         if count is not None:
             skip = skip | (count == 0)
         self._skipped = self._skipped + skip

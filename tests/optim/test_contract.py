@@ -21,7 +21,7 @@ from growkit.optim import SophiaG, SophiaH
 pytest.importorskip("hypothesis")
 pytest.importorskip("expecttest")
 
-from hypothesis import given, settings  # noqa: E402
+from hypothesis import example, given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 from torch.testing._internal import common_optimizers as common  # noqa: E402
 
@@ -295,6 +295,7 @@ def test_a_step_of_any_size_stays_within_lr_and_goes_against_m(cls, elements, lr
     elements=st.lists(st.tuples(numbers, numbers), min_size=1, max_size=8),
     beta2=st.floats(min_value=0, max_value=1, exclude_max=True),
 )
+@example(cls=SophiaG, elements=[(0.0, 2.0**64)], beta2=0.0)  # finite, and its square is not
 def test_a_refresh_of_any_size_keeps_h_finite(cls, elements, beta2):
     h, g = torch.tensor(elements, dtype=torch.float32).unbind(1)
     h = h.abs() if cls is SophiaG else h
