@@ -5,7 +5,6 @@ from benchmarks.evidence.search import Ask, Found, changed, over_seeds, two_rate
 
 DEVICE = "cuda"
 SMALL, BETWEEN, LARGE, STEPS = "5x256", "8x384", "10x512", 1000
-SHORTER = 667  # steps of AdamW, for what more of them gain it
 TOTAL = 8.41e14  # FLOPs of these steps of the large model
 GROWN_AT = 900  # steps of the small model: an eighth of them
 
@@ -30,12 +29,6 @@ def thirty(ask: Ask, scale: float = 1.0) -> None:
         tuned(ask, name, scale)
     if found := tuned(ask, "sophiag", scale):
         over_seeds(ask, changed(found.config, **WITHOUT_H))
-    if adamw := tuned(ask, "adamw", scale):
-        over_seeds(ask, shorter(adamw.config, scale))
-
-
-def shorter(config: dict, scale: float = 1.0) -> dict:
-    return changed(config, steps=max(2, round(SHORTER * scale)))
 
 
 def tuned(ask: Ask, name: str, scale: float = 1.0) -> Found | None:

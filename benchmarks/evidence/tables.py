@@ -166,44 +166,57 @@ def million_rows(results):
             yield title, *[NONE] * 7
             continue
         trials = ", ".join(f"{setting(config, ('lr',))}: {bits:.3f}" for bits, config in found.trials)
-        by_seed = [results.losses(found.config, [seed]) for seed in SEEDS]
-        shown = (f"{each[0]:.3f}" if each else NONE for each in by_seed)
+        shown = by_seed(results, found.config)
         all_seeds = results.losses(found.config)
         rates = setting(found.config, ("lr", "other_lr"))
         yield title, rates, trials, *shown, cell(all_seeds), gain(adamw, all_seeds, by)
 
 
 def thirty_rows(results):
-    tuned = {name: gpu.tuned(results.ask, name) for name in gpu.CONTENDERS}
-    first = tuned["adamw"] and tuned["adamw"].config
-    adamw, shorter = results.losses(first), results.losses(first and gpu.shorter(first))
-    by = slope(shorter, adamw, gpu.STEPS / gpu.SHORTER)
+    """Of those that were run."""
+    for name in gpu.CONTENDERS:
+        if found := gpu.tuned(results.ask, name):
+            tried = "; ".join(f"{setting(each)}: {bits:.3f}" for bits, each in found.trials)
+            yield (
+                NAMES[name],
+                setting(found.config),
+                *by_seed(results, found.config),
+                cell_of(results, found.config),
+                tried,
+            )
+            without = search.changed(found.config, **gpu.WITHOUT_H)
+            if name == "sophiag" and results.records(without):
+                yield f"{NAMES[name]}, no curvature", "", *by_seed(results, without), cell_of(results, without), ""
 
-    def row(title, config, trials=()):
-        losses = results.losses(config)
-        if losses is None:
-            return title, *[NONE] * 7
-        tried = "; ".join(f"{setting(each)}: {bits:.3f}" for bits, each in trials)
-        by_seed = (f"{bits:.3f}" for bits in losses)
-        return title, setting(config), *by_seed, cell(losses), gain(adamw, losses, by), tried
 
-    for name, found in tuned.items():
-        yield row(NAMES[name], found and found.config, found and found.trials)
-        if name == "sophiag":
-            yield row(f"{NAMES[name]}, no curvature", found and search.changed(found.config, **gpu.WITHOUT_H))
+def by_seed(results, config):
+    found = (results.losses(config, [seed]) for seed in SEEDS)
+    return [f"{each[0]:.3f}" if each else NONE for each in found]
+
+
+def cell_of(results, config):
+    """Mean and range of the seeds that were run."""
+    return cell([each[0] for each in (results.losses(config, [seed]) for seed in SEEDS) if each])
 
 
 def thirty_growth_rows(results):
+    """Of those that were run."""
     for name, config in gpu.growth_arms(results.ask).items():
-        half = config and "grown" in name and results.losses(search.changed(config, flops=gpu.TOTAL / 2))
-        records = results.records(config)
-        if records is None:
-            yield name, *[NONE] * 5
+        if config is None:
             continue
-        lr, right_after = f"{config['stages'][-1]['lr']:.2g}", [r.get("start_bits") for r in records]
-        after = "" if None in right_after else cell(right_after)
-        steps = f"{records[0]['steps'] - records[0].get('small_steps', 0):,}"
-        yield name, lr, steps, after, cell(half) if half else "", cell([r["bits"] for r in records])
+        (first,) = results.records(config, SEEDS[:1])
+        after = f"{first['start_bits']:.3f}" if "start_bits" in first else ""
+        half = results.losses(search.changed(config, flops=gpu.TOTAL / 2)) if "grown" in name else None
+        yield (
+            name,
+            f"{config['stages'][-1]['lr']:.2g}",
+            f"{first['parameters']:,}",
+            f"{first['steps'] - first.get('small_steps', 0):,}",
+            after,
+            *by_seed(results, config),
+            cell_of(results, config),
+            cell(half) if half else "",
+        )
 
 
 # --- growth -----------------------------------------------------------------------------------------------------------
@@ -387,11 +400,10 @@ TABLES = {
         million_rows(r),
     ),
     "thirty": lambda r: table(
-        ("optimizer", "best", *[f"seed {i}" for i in SEEDS], "bits/byte", "AdamW's steps, x", "trials on seed 0"),
-        thirty_rows(r),
+        ("optimizer", "best", *[f"seed {i}" for i in SEEDS], "bits/byte", "trials on seed 0"), thirty_rows(r)
     ),
     "thirty_growth": lambda r: table(
-        ("run", "lr", "its last steps", "right after growth", "at half of the FLOPs", "bits/byte"),
+        (*ARM[:2], "parameters", "steps", ARM[2], *[f"seed {i}" for i in SEEDS], ARM[4], "at half of the FLOPs"),
         thirty_growth_rows(r),
     ),
     "growth": lambda r: table(ARM, arm_rows(r, growth_arms(r))),
