@@ -37,6 +37,9 @@ class Workload(NamedTuple):
     build: Callable
 
 
+LOUD = 0.2  # of a value: noise from here on excuses no miss, for it would excuse any
+
+
 class Row(NamedTuple):
     """A goal and what was measured: `value` is a Value, or in words why there is none. failed: the run went wrong."""
 
@@ -56,6 +59,7 @@ class Row(NamedTuple):
         value, noise = self.value.value, self.value.noise or 0
         if reaches(value, self.goal.bound):
             return "met"
+        noise = noise if noise < LOUD else 0
         better = 1 + noise if self.goal.relation == ">=" else 1 - noise
         return "missed by less than noise" if reaches(value * better, self.goal.bound) else "missed"
 
