@@ -229,6 +229,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("describe", &describe, tensors,
         "(addresses, facts) of a list of tensors, as bytes: 8 for each address; class, device, dtype, sizes and strides\n"
         "of each. Raises TypeError for what is no tensor, and what torch raises for a tensor without memory.");
+  m.def("referents", &referents, py::arg("references"), "What weak references refer to; None for what is gone.");
   m.def("identities", &identities, py::arg("owner"),
         "Which objects a list holds, or are the keys and values of the dictionaries in a dictionary, as bytes.");
 }

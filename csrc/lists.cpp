@@ -69,6 +69,16 @@ py::tuple describe(const py::list& tensors) {
   return py::make_tuple(bytes_of(addresses), bytes_of(facts));
 }
 
+py::list referents(const py::list& references) {
+  py::list found(references.size());
+  Py_ssize_t i = 0;
+  for (const py::handle each : references) {
+    if (!PyWeakref_CheckRef(each.ptr())) throw py::type_error("referents: expected weak references");
+    PyList_SET_ITEM(found.ptr(), i++, Py_NewRef(PyWeakref_GET_OBJECT(each.ptr())));
+  }
+  return found;
+}
+
 py::bytes identities(const py::object& owner) {
   std::vector<int64_t> objects;
   objects.reserve(9 * py::len(owner));

@@ -15,4 +15,7 @@ pybind11::tuple describe(const pybind11::list& tensors);
 // Which objects a list holds, or are the keys and values of the dictionaries in a dictionary.
 pybind11::bytes identities(const pybind11::object& owner);
 
+// What a list of weak references refers to, None for what is gone.
+pybind11::list referents(const pybind11::list& references);
+
 }  // namespace growkit

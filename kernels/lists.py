@@ -8,7 +8,7 @@ from operator import attrgetter
 import torch
 
 try:
-    from growkit._C import describe, identities, use_tensors
+    from growkit._C import describe, identities, referents, use_tensors
 
     use_tensors(torch.Tensor)
 except (ImportError, AttributeError):  # not built, or a torch whose tensors lack DLPack's C interface
@@ -31,14 +31,21 @@ except (ImportError, AttributeError):  # not built, or a torch whose tensors lac
         values = chain.from_iterable(map(dict.values, owned))
         return list(map(id, owner)), list(map(tuple, owned)), list(map(id, values))
 
+    def referents(references):
+        """What weak references refer to; None for what is gone."""
+        return [each() for each in references]
+
 
 WITHOUT_ADDRESS = RuntimeError, BufferError, TypeError  # what `describe` raises of a sparse tensor, and of None
 
 
 class TensorList(list):
-    """A list of tensors that its owner never changes, on which a kernel notes how it goes about it.
+    """A list of tensors that its owner never changes.
 
+    known: where a kernel notes how it goes about it, for lists like it, to which the owner gives the same dictionary.
     told: what `describe` says of it, where the owner asks that before every call.
     """
 
-    known = told = None
+    def __init__(self, tensors, known=None):
+        super().__init__(tensors)
+        self.known, self.told = {} if known is None else known, None

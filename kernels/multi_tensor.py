@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from growkit import reference
-from growkit.kernels.lists import WITHOUT_ADDRESS, TensorList, describe
+from growkit.kernels.lists import WITHOUT_ADDRESS, describe
 
 CHUNK = 4096
 
@@ -73,11 +73,11 @@ class Lists:
         addresses, facts = zip(*told, strict=True)
         made_of = op, CHUNK, (*lists,), facts, (*parameter,), (*offset,)
         first = next(iter(lists.values()))
-        plan = getattr(first, "known", None)
+        known = getattr(first, "known", {})
+        plan = known.get("plan")
         if plan is None or plan.made_of != made_of:
             plan = _kept(_plans, made_of, lambda: _Plan(made_of, lists, _check(op, lists, codes or {})))
-            if isinstance(first, TensorList):
-                first.known = plan
+            known["plan"] = plan
         self.dtypes, table = plan.dtypes, plan.table
         self._copies, self._tensors = [], None
         if not plan.contiguous:

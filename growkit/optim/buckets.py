@@ -4,13 +4,15 @@ Of sharded tensors an op gets what this process holds, with its place in the who
 """
 
 import contextlib
+import operator
+import weakref
 from collections import defaultdict
 from itertools import accumulate
 
 import torch
 
 from growkit import ops
-from growkit.kernels.lists import WITHOUT_ADDRESS, TensorList, describe, identities
+from growkit.kernels.lists import WITHOUT_ADDRESS, TensorList, describe, identities, referents
 from growkit.optim import distributed
 from growkit.optim.state import check_coded, check_updatable, dtype_of, ensure, has_master, held, is_coded
 
@@ -29,14 +31,14 @@ class Buckets:
 
     def clear(self):
         self._kept.clear()
-        self._states = None, []  # which objects the state was, and they: another object cannot be at their place
+        self._states = None  # which objects the state was
 
     def prepare(self, param_groups, states):
         """[(group, its buckets)], all state made. Raises for whatever a step could not use, before anything changes."""
         keeping = not torch.compiler.is_compiling()
-        if keeping and identities(states) != self._states[0]:
+        if keeping and identities(states) != self._states:
             self._kept.clear()
-            self._remember(states)
+            self._states = identities(states)
         firsts = list(accumulate((len(group["params"]) for group in param_groups[:-1]), initial=0))
         groups = list(zip(firsts, param_groups, strict=True))
         prepared = [(group, self._of(first, group, states, keeping)) for first, group in groups]
@@ -45,20 +47,16 @@ class Buckets:
                 ensure(group, states, self._codes)
                 prepared[i] = group, self._of(first, group, states, keeping)
                 if keeping:
-                    self._remember(states)
+                    self._states = identities(states)
         return prepared
-
-    def _remember(self, states):
-        owned = [dict(each) if isinstance(each, dict) else each for each in states.values()]
-        self._states = identities(states), [*states, *owned]
 
     def _of(self, first, group, states, keeping):
         """Lists {"p", "g", "exp_avg", "hessian", "master", ...} of those parameters that have a gradient.
 
         8-bit state has the lists "exp_avg_scale" and "hessian_scale", too. "index" holds indices in the group, "number"
         those among all parameters, of which `first` is the group's first; "key" is what the ops draw random bits by.
-        One bucket per device, dtype, gradient dtype, kind of state and mesh, complex tensors as real. Everything but
-        gradients is kept from call to call.
+        One bucket per device, dtype, gradient dtype, kind of state and mesh, complex tensors as real. What was found is
+        kept from call to call; no gradient is, and no tensor of the state.
         """
         kept = self._kept.get(first) if keeping else None
         buckets = kept and kept.with_gradients(group)
@@ -68,8 +66,13 @@ class Buckets:
             buckets = [{**bucket, "g": _gradients(bucket, grads)} for bucket in sorted_]
             if keeping and all(bucket["complete"] for bucket in buckets):
                 with contextlib.suppress(*WITHOUT_ADDRESS):
-                    self._kept[first] = _Kept(group, params, grads, sorted_)
+                    self._kept[first] = _Kept(group, params, grads, sorted_, self._forget())
         return buckets
+
+    def _forget(self):
+        """What clears all that is kept, without keeping this."""
+        clear = weakref.WeakMethod(self.clear)
+        return lambda _: (clear() or int)()
 
     def _sort(self, first, group, grads, own):
         buckets = defaultdict(lambda: defaultdict(list))
@@ -133,15 +136,17 @@ _STATE = ("exp_avg", "hessian", "exp_avg_scale", "hessian_scale", "master")
 class _Kept:
     """The buckets of a group, for as long as all that they were made of, state apart, is what it was."""
 
-    def __init__(self, group, params, grads, buckets):
+    def __init__(self, group, params, grads, buckets, forget):
         self._params, self._objects = identities(group["params"]), [*group["params"]]
         self._options = _options(group)
         self._sharded = params is not group["params"]
         self._idle = [i for i, g in enumerate(grads) if g is None]
         self._buckets = []
         for bucket in buckets:
-            bucket = {k: TensorList(v) if k == "p" or k in _STATE else v for k, v in bucket.items()}
-            self._buckets.append((bucket, _look(bucket, params, grads)[0]))
+            own = {name: _State(bucket["states"], name, bucket[name], forget) for name in _STATE if name in bucket}
+            facts = {k: v for k, v in bucket.items() if k not in own and k not in ("p", "states")}
+            kept = facts, own, {}
+            self._buckets.append((kept, _look(*kept, params, grads)[0]))
 
     def with_gradients(self, group):
         """The buckets with the gradients of now as "g"; None where they have to be made anew."""
@@ -154,31 +159,43 @@ class _Kept:
         if any(grads[i] is not None for i in self._idle):
             return None
         result = []
-        for bucket, seen in self._buckets:
+        for kept, seen in self._buckets:
             try:
-                now, g = _look(bucket, params, grads)
+                now, lists = _look(*kept, params, grads)
             except WITHOUT_ADDRESS:
                 return None
             if now != seen:
                 return None
-            result.append({**bucket, "g": g})
+            result.append({**kept[0], **lists})
         return result
 
 
-def _look(bucket, params, grads):
-    """(what a bucket is good for, its gradients), as of now. The lists are told what they are, for the ops to read."""
-    g = TensorList(_pick(grads, bucket["index"]))
-    g.told = describe(g)
-    p = describe(_pick(params, bucket["index"]))
-    seen = [p, g.told[1]]
-    for name in _STATE:
-        if name in bucket:
-            bucket[name].told = describe(bucket[name])
-            seen.append(bucket[name].told[1])
-    if bucket["whole"].is_complex():  # "p" are views
-        return seen, list(map(as_real, g))
-    bucket["p"].told = p
-    return seen, g
+class _State:
+    """A list of tensors of the state, without holding them: what moves elsewhere, to the host say, is freed at once.
+
+    states: of its parameters; tensors: what ops take of `name` there. Of views, which do hold the memory, `forget` is
+    called when a tensor of the state goes.
+    """
+
+    def __init__(self, states, name, tensors, forget):
+        own = [state[name] for state in states]
+        self._views = None if all(map(operator.is_, own, tensors)) else tensors
+        self._own = [weakref.ref(t, self._views and forget) for t in own]
+        self._known = {}
+
+    def now(self):
+        return TensorList(referents(self._own) if self._views is None else self._views, self._known)
+
+
+def _look(bucket, state, known, params, grads):
+    """(what a bucket is good for, its lists), as of now. The lists are told what they are, for the ops to read."""
+    p, g = _pick(params, bucket["index"]), _pick(grads, bucket["index"])
+    if bucket["whole"].is_complex():
+        p, g = map(as_real, p), map(as_real, g)
+    lists = {"p": TensorList(p, known), "g": TensorList(g)} | {name: each.now() for name, each in state.items()}
+    for each in lists.values():
+        each.told = describe(each)
+    return [each.told[1] for each in lists.values()], lists
 
 
 def _options(group):
@@ -194,4 +211,5 @@ def _gradients(bucket, grads):
 
 
 def as_real(t):
-    return torch.view_as_real(t) if t.is_complex() else t
+    """Detached first, for a view keeps what it is a view of."""
+    return torch.view_as_real(t.detach()) if t.is_complex() else t

@@ -78,7 +78,8 @@ def _scale_shape(x):
 def held(state):
     """The tensors of a parameter's state that an op takes: what this process holds of them, scales as [blocks, 2]."""
     own = {k: distributed.local(t) for k, t in state.items() if k != "step"}
-    return {k: t.view(-1, 2) if k.endswith("_scale") else t for k, t in own.items()}
+    # Detached, for a view keeps what it is a view of.
+    return {k: t.detach().view(-1, 2) if k.endswith("_scale") else t for k, t in own.items()}
 
 
 def check_updatable(name, i, p, state):

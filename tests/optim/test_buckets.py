@@ -1,6 +1,7 @@
 """Which tensors go into one call: dtypes, layouts, parameters without gradients, and what is kept from step to step."""
 
 import copy
+import gc
 import runpy
 import sys
 import types
@@ -8,6 +9,7 @@ import types
 import pytest
 import torch
 from optim.runs import BOTH, assert_same, fill_grads, params, snapshot
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import Parameter
 
 from growkit.kernels import cpu, lists
@@ -174,3 +176,26 @@ def test_stochastic_bits_are_the_same_in_any_bucket():
             fill_grads(b.param_groups[0]["params"][1:], step)
         a.step(), b.step()
     assert torch.equal(alone[0], among[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64, "8bit"], ids=str)
+def test_what_is_kept_holds_no_state(dtype):
+    """State that goes to the host between two steps, as where one GPU trains and generates in turn, leaves memory."""
+    coded = dtype == "8bit"
+    ps = params((64, 64), (3, 5), dtype=torch.float32 if coded else dtype)
+    optimizer = SophiaG(ps, 1e-2, state_dtype="8bit" if coded else None)
+    for i in range(3):
+        fill_grads(ps, i)
+        optimizer.step()
+    names = ("exp_avg", "hessian", "exp_avg_scale")
+    memory = [StorageWeakRef(t.untyped_storage()) for s in optimizer.state.values() for k, t in s.items() if k in names]
+    assert len(memory) == (5 if coded else 4) and not any(each.expired() for each in memory)
+    for state in optimizer.state.values():
+        state.update({k: t.clone() for k, t in state.items() if k != "step"})
+    gc.collect()
+    assert all(each.expired() for each in memory)
+    twin = copy.deepcopy(optimizer)
+    for each in (optimizer, twin):
+        fill_grads([p for group in each.param_groups for p in group["params"]], 3)
+        each.step()
+    assert_same(snapshot(optimizer), snapshot(twin))
