@@ -63,7 +63,7 @@ bench() { # file, ids
         "$folder/$file" "$@"
 }
 
-sophia() { bench sophia.json copy fill mm bmm S1 S4 S2 S5 S6 S7 S8 S9 S10.host S10.graph S10.temporaries S11 N1 N2 S3; }
+sophia() { bench sophia.json copy fill mm bmm S1 S4 S2 S5 S6 S7 S8 S9 S10.host S10.graph S10.temporaries S11 N1 S3 N2; }
 
 expansion() { bench expansion.json L1 L3.gpt2-medium L2.gpt2-medium L5 L6 L3 L4.literal L2 L7 L4; }
 
