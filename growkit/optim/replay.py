@@ -174,7 +174,7 @@ def undisturbed(model: torch.nn.Module, params: list[torch.Tensor]) -> Iterator[
 def _outside_graphs(tensors):
     """The same; as copies those in memory of CUDA graphs, whose replay in a refresh writes the next gradient there.
 
-    torch.cuda.make_graphed_callables and torch.compile(mode="reduce-overhead") leave gradients there.
+    torch.cuda.make_graphed_callables leaves gradients there.
     """
     if not any(map(_on_gpu, tensors)):
         return tensors
