@@ -95,6 +95,25 @@ def curve_figure(results):
     return drawn
 
 
+def million_growth_figure(results):
+    """Final losses at the totals that were run, each with a schedule that ends there."""
+    drawn, ax = axes()
+    grown_color, middle = COLORS["grown"], COLORS["middle"]
+    looks = ((COLORS["direct"], "-"), (grown_color, "-"), (middle, "-"), (grown_color, "--"), (COLORS["never"], "-"))
+    for (name, config), (color, style) in zip(growth.million_arms(results.ask).items(), looks, strict=True):
+        ends = {share: results.losses(config and growth.shortened(config, share)) for share in growth.SHARES}
+        ends = {share * growth.MILLION_TOTAL: losses for share, losses in ends.items() if losses}
+        if not ends:
+            continue
+        ax.plot(list(ends), [statistics.fmean(each) for each in ends.values()], f"o{style}", color=color, label=name)
+        low, high = ([limit(each) for each in ends.values()] for limit in (min, max))
+        ax.fill_between(list(ends), low, high, color=color, alpha=0.2, linewidth=0)
+    ax.set_xlabel("training FLOPs in all, the small model's before growth included")
+    ax.set_ylabel("bits per byte of held-out text")
+    ax.legend(frameon=False)
+    return drawn
+
+
 def when_figure(results):
     """Final loss by the point of growth, on held-out seeds, and by the rule."""
     cases = growth.rule_cases(results.ask)
@@ -126,4 +145,10 @@ def band(ax, records, color, style, name=None):
     ax.fill_between(x, [min(e) for e in heights], [max(e) for e in heights], color=color, alpha=0.2, linewidth=0)
 
 
-FIGURES = {"optimizers": optimizer_figure, "sizes": growth_figure, "curves": curve_figure, "when": when_figure}
+FIGURES = {
+    "optimizers": optimizer_figure,
+    "sizes": growth_figure,
+    "curves": curve_figure,
+    "when": when_figure,
+    "million_growth": million_growth_figure,
+}
