@@ -103,7 +103,7 @@ def until_worse(ask: Ask, base: dict) -> Found | None:
     if None in [bits for bits, _ in trials]:
         return None
     up = trials[0][0] < trials[1][0]
-    for by in (math.sqrt(2), 2) if up else (0.5, math.sqrt(0.125)):
+    for by in (math.sqrt(2), 2, math.sqrt(8)) if up else (0.5, math.sqrt(0.125), 0.25):
         trials.append(trial(by))
         if trials[-1][0] is None:
             return None
