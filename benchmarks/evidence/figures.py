@@ -98,9 +98,9 @@ def curve_figure(results):
 def million_growth_figure(results):
     """Final losses at the totals that were run, each with a schedule that ends there."""
     drawn, ax = axes()
-    grown_color, middle = COLORS["grown"], COLORS["middle"]
-    looks = ((COLORS["direct"], "-"), (grown_color, "-"), (middle, "-"), (grown_color, "--"), (COLORS["never"], "-"))
-    for (name, config), (color, style) in zip(growth.million_arms(results.ask).items(), looks, strict=True):
+    colors = {sophia.MILLION: COLORS["direct"], growth.MIDDLE: COLORS["grown"]}
+    for name, arm in list(growth.MILLION_ARMS.items())[: growth.SHORTENED]:
+        config, color, style = growth.million_arm(results.ask, *arm), colors[arm[0]], "-" if arm[1] else "--"
         ends = {share: results.losses(config and growth.shortened(config, share)) for share in growth.SHARES}
         ends = {share * growth.MILLION_TOTAL: losses for share, losses in ends.items() if losses}
         if not ends:

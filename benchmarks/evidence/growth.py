@@ -237,36 +237,38 @@ def by_rule(best: dict, scale: float = 1.0) -> dict:
 SMALLER, MIDDLE = "2x64", "3x96"
 MILLION_TOTAL = 9.74e12  # what the steps of `sophia.million` cost
 SHARES = (1 / 3, 2 / 3, 1)  # of it; runs with a schedule of their own
+# run: (its size at the end, whether it is grown into that)
+MILLION_ARMS = {
+    f"{sophia.MILLION} from scratch": (sophia.MILLION, False),
+    f"{SMALLER} grown into {sophia.MILLION}": (sophia.MILLION, True),
+    f"{MIDDLE} from scratch": (MIDDLE, False),
+    f"{SMALLER} grown into {MIDDLE}": (MIDDLE, True),
+    "3x64 from scratch": ("3x64", False),
+    f"{SMALLER} never grown": (SMALLER, False),
+}
+SHORTENED = 4  # the first of them
 
 
 def million_growth(ask: Ask, scale: float = 1.0) -> None:
-    """Growing into a million parameters, and into a size between; then what shorter runs reach."""
-    arms = million_arms(ask, scale).values()
-    for share in reversed(SHARES):
-        for arm in arms:
+    """Growing into a million parameters, and into a size between, against every size; and what shorter runs reach."""
+    arms = [million_arm(ask, *arm, scale) for arm in MILLION_ARMS.values()]
+    for share in reversed(SHARES[:-1]):
+        for arm in arms[:SHORTENED]:
             if arm:
                 over_seeds(ask, shortened(arm, share))
 
 
-def million_arms(ask: Ask, scale: float = 1.0) -> dict[str, dict | None]:
+def million_arm(ask: Ask, size: str, grown: bool, scale: float = 1.0) -> dict | None:
     """Everything but the rates is AdamW's of `sophia.million`; these are searched for as there."""
-    large = sophia.at_million(ask, "adamw", scale)
-    names = [f"{sophia.MILLION} from scratch", f"{SMALLER} grown into {sophia.MILLION}", f"{MIDDLE} from scratch"]
-    names += [f"{SMALLER} grown into {MIDDLE}", f"{SMALLER} never grown"]
-    if large is None:
-        return dict.fromkeys(names)
-    base = sophia.tuned(ask, "adamw", scale).config["stages"][-1]  # of SMALLER
+    scratch = sophia.at_million(ask, "adamw", scale)
+    if scratch is None or (size == sophia.MILLION and not grown):
+        return scratch and scratch.config
+    base = sophia.tuned(ask, "adamw", scale).config["stages"][-1]
     small = base | {"steps": max(2, round(sophia.MILLION_STEPS * scale)), "decay": 0}
-    last = {name: value for name, value in base.items() if name != "steps"} | {"flops": MILLION_TOTAL * scale}
-    grown = {"start": "lossless"}
-    others = (
-        config(small, last | grown | {"size": sophia.MILLION}),
-        config(last | {"size": MIDDLE}),
-        config(small, last | grown | {"size": MIDDLE}),
-        config(last),
-    )
-    found = [large, *(until_worse(ask, each) for each in others)]
-    return dict(zip(names, [each and each.config for each in found], strict=True))
+    last = {name: value for name, value in base.items() if name != "steps"}
+    last |= {"size": size, "flops": MILLION_TOTAL * scale}
+    found = until_worse(ask, config(small, last | {"start": "lossless"}) if grown else config(last))
+    return found and found.config
 
 
 def shortened(arm: dict, share: float) -> dict:

@@ -357,9 +357,9 @@ def rule_rows(results):
 
 
 def million_growth_rows(results):
-    arms = growth.million_arms(results.ask)
+    arms = {name: growth.million_arm(results.ask, *arm) for name, arm in growth.MILLION_ARMS.items()}
     shares = growth.SHARES
-    large, _, middle, *_ = (results.losses(config) for config in arms.values())
+    large, middle = (results.losses(arms[f"{size} from scratch"]) for size in (sophia.MILLION, growth.MIDDLE))
     for name, config in arms.items():
         records = results.records(config)
         if records is None:
