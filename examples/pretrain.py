@@ -26,7 +26,7 @@ import growkit
 def pretrain(
     data: Path, model: Path, out: Path, tokenizer: str = "", adamw: bool = False, lr: float = 6e-4, rho: float = 0.05,
     beta1: float = 0.9, steps: int = 1000, batch: int = 16, context: int = 128, every: int = 10, save_every: int = 200,
-    seed: int = 0, bf16: bool = False,
+    seed: int = 0, bf16: bool = False, nesterov: bool = False,
 ):  # fmt: skip
     """Train MODEL, a config.json or a checkpoint's folder, on DATA but its last tenth, which validates.
 
@@ -45,9 +45,9 @@ def pretrain(
         dist.init_process_group()
         for module in [m for m in net.modules() if type(m).__name__ in net._no_split_modules] + [net]:
             fully_shard(module)
-    groups = growkit.param_groups(net, 0.1)
-    betas = beta1, 0.95 if adamw else 0.99
-    optimizer = torch.optim.AdamW(groups, betas=betas) if adamw else growkit.SophiaG(groups, betas=betas, rho=rho)
+    groups, betas = growkit.param_groups(net, 0.1), (beta1, 0.95 if adamw else 0.99)
+    sophia = {"rho": rho, "nesterov": nesterov}
+    optimizer = torch.optim.AdamW(groups, betas=betas) if adamw else growkit.SophiaG(groups, betas=betas, **sophia)
     if not adamw:
         optimizer.attach(net, every=every)
 
