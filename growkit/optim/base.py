@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -216,12 +217,12 @@ class SophiaBase(Optimizer):
         asked = _solves_by_hand(self.param_groups[0]) and any(group["nesterov"] for group in self.param_groups)
         if (due or asked) and not _capturing():
             prepared = self._buckets.prepare(self.param_groups, self.state)
-            self._telemetry.after_step(prepared, self._denominator, self._elements(), **self._taken)
+            self._telemetry.after_step(prepared, self._denominator, self._starts(), **self._taken)
 
-    def _elements(self):
-        """Number of elements of all parameters, of those that other processes hold as well."""
-        groups = (self._owner() or self).param_groups
-        return sum(p.numel() * (1 + p.is_complex()) for group in groups for p in group["params"] if p.requires_grad)
+    def _starts(self):
+        """How many elements come before each parameter, those that other processes hold as well, and in all."""
+        params = [p for group in (self._owner() or self).param_groups for p in group["params"]]
+        return list(accumulate((p.numel() * (1 + p.is_complex()) * p.requires_grad for p in params), initial=0))
 
     def _check_capture(self):
         name = "_accelerator_graph_capture_health_check"  # under torch 2.10 with another first word
@@ -383,7 +384,7 @@ class SophiaBase(Optimizer):
         unclipped = sum((each.to(zero.device) for each, _ in self._unclipped.values()), zero)
         counted = zero + sum(each for _, each in self._unclipped.values())
         numbers = torch.stack([square, zero if count is None else count.to(zero), unclipped, counted])
-        sums = self._telemetry.sums(prepared, self._elements(), processes.share, zero.device)
+        sums = self._telemetry.sums(prepared, self._starts(), processes.share, zero.device)
         numbers, sums = processes.agree(torch.cat([numbers, sums])).split([len(numbers), len(sums)])
         square, n, unclipped, counted = numbers.unbind()
         count = None if count is None else n

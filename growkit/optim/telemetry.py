@@ -6,6 +6,7 @@ waits for the device only when it is solved for the first time.
 """
 
 import functools
+import itertools
 
 import torch
 
@@ -39,14 +40,15 @@ class Telemetry:
         self._ahead = []  # (group, a parameter of the bucket, mbar, h) for each bucket with `nesterov` of that step
         self._all_clipped = False
 
-    def after_step(self, prepared, denominator, elements, scale, skip):
+    def after_step(self, prepared, denominator, starts, scale, skip):
         """Keep what the cosine of the update u just taken, apart from decay, and the gradient g is formed from.
 
-        So is what only this step's gradients tell, mbar of groups with `nesterov`. elements: of all parameters, whole
-        and on all processes. scale, skip: of this step, as the ops take them.
+        So is what only this step's gradients tell, mbar of groups with `nesterov`. starts: how many elements come
+        before each parameter, whole and of all processes, and at last how many there are. scale, skip: of this step, as
+        the ops take them.
         """
         self._products, self._ahead = [], []
-        for group, bucket, (m, h, g) in _samples(prepared, elements, "exp_avg", "hessian", "g"):
+        for group, bucket, (m, h, g) in _samples(prepared, starts, "exp_avg", "hessian", "g"):
             if group["nesterov"]:
                 m = _mbar(m, g, group, scale, skip)
                 self._ahead.append((group, bucket["whole"], m, h))
@@ -56,7 +58,7 @@ class Telemetry:
             u, g = (m / d).clamp(-1, 1).double(), g.double() * (-1 if group["maximize"] else 1)
             self._products.append((bucket["whole"], torch.stack([u @ g, u @ u, g @ g])))
 
-    def sums(self, prepared, elements, share, device):
+    def sums(self, prepared, starts, share, device):
         """What metrics and rho are formed from, as a vector to be summed over the processes.
 
         It is made before the estimate is folded in, so it speaks of the h that the last steps went by. share(p): what
@@ -69,7 +71,7 @@ class Telemetry:
         spread = torch.zeros(1 + len(h_edges), dtype=torch.float64, device=device)
         counts = torch.zeros(2 + len(factor_edges), dtype=torch.float64, device=device)
         now = []
-        for group, bucket, (m, h) in _samples(prepared, elements, "exp_avg", "hessian"):
+        for group, bucket, (m, h) in _samples(prepared, starts, "exp_avg", "hessian"):
             h = h.to(device).double()
             spread += share(bucket["whole"]) * torch.cat([h.new_full((1,), len(h)), _up_to(h_edges, h)])
             if all(group is not other for other, *_ in self._ahead):  # or no step has been seen: m is what is known
@@ -163,30 +165,39 @@ def _mbar(m, g, group, scale, skip):
     return mbar if skip is None else torch.where(skip.to(m.device) != 0, m, mbar)
 
 
-def _samples(prepared, elements, *names):
+def _samples(prepared, starts, *names):
     """(group, bucket, [elements of each list]) for each bucket: the same of every list, SAMPLE of all or a few more.
 
-    elements: of all parameters. Which ones are taken does not depend on how they are spread over processes.
+    Which ones are taken does not depend on how they are spread over processes.
     """
-    every = max(1, elements // SAMPLE)
+    every = max(1, starts[-1] // SAMPLE)
     for group, buckets in prepared:
         for bucket in buckets:
-            yield group, bucket, [_sample(bucket, name, every) for name in names]
+            # Codes go by whole blocks, so everything beside them does.
+            unit = CODES_PER_SCALE if "exp_avg_scale" in bucket else 1
+            places = list(_places(bucket, starts, every, unit))
+            yield group, bucket, [_sample(bucket, name, every, unit, places) for name in names]
 
 
-def _sample(bucket, name, every):
+def _places(bucket, starts, every, unit):
+    """(index in the bucket, first of the sample's units in it, how many), of the tensors that have any."""
+    offsets = bucket["key"].get("offset") or itertools.repeat(0)
+    for i, (t, parameter, offset) in enumerate(zip(bucket["p"], bucket["key"]["parameter"], offsets, strict=False)):
+        first = -((starts[parameter] + offset) // unit) % every
+        size = len(range(first, t.numel() // unit, every))
+        if size:
+            yield i, first, size
+
+
+def _sample(bucket, name, every, unit, places):
     """The elements of one list, as float32, in few operations for each tensor."""
-    # Codes go by whole blocks, so everything beside them does.
-    unit = CODES_PER_SCALE if "exp_avg_scale" in bucket else 1
     tensors, scales = bucket[name], bucket.get(name + "_scale")
-    rows, beside = [], []
-    for i, offset in enumerate(bucket["key"].get("offset", [0] * len(tensors))):
+    rows, beside = [tensors[0].new_empty(0, unit)], scales and [scales[0].new_empty(0, 2)]
+    for i, first, size in places:
         t = tensors[i].contiguous()
-        n, first = t.numel() // unit, -(offset // unit) % every
-        size, start = len(range(first, n, every)), t.storage_offset() + first * unit
-        rows.append(t.as_strided((size, unit), (every * unit, 1), start))
+        rows.append(t.as_strided((size, unit), (every * unit, 1), t.storage_offset() + first * unit))
         if scales is not None:
-            beside.append(scales[i][first:n:every])
+            beside.append(scales[i][first::every][:size])
     rows = torch.cat(rows)
     return (rows if scales is None else reference.dequantise(rows, torch.cat(beside))).reshape(-1).float()
 
