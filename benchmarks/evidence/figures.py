@@ -54,27 +54,28 @@ def at_horizons(results, name, row):
 
 
 def growth_figure(results):
-    """What each size reaches for the same FLOPs, trained directly, and grown."""
-    drawn, ax = axes()
-    from_scratch, grown = tables.sizes(results), tables.grown_sizes(results)
-    count = {size: records[0]["parameters"] for size, records in from_scratch.items()}
-    for found, color, words in (
-        (from_scratch, "direct", "from scratch"),
-        (grown, "grown", f"grown from {growth.SMALL}"),
-    ):
-        losses = {count[size]: [record["bits"] for record in records] for size, records in found.items()}
-        x, means = list(losses), [statistics.fmean(each) for each in losses.values()]
-        ax.plot(x, means, "o-", color=COLORS[color])
-        low, high = ([limit(each) for each in losses.values()] for limit in (min, max))
-        ax.fill_between(x, low, high, color=COLORS[color], alpha=0.2, linewidth=0)
-        if x:
-            at = {"textcoords": "offset points", "ha": "right"}
-            ax.annotate(words, (x[-1], means[-1]), (-14, 2), color=COLORS[color], **at)
-    ax.set_xscale("log")
-    ax.set_xticks(list(count.values()), [f"{size}\n{each:,}" for size, each in count.items()], fontsize=8)
-    ax.minorticks_off()
-    ax.set_xlabel(f"layers x width, parameters; every run costs {tables.flops(growth.TOTAL)} FLOPs, everything counted")
-    ax.set_ylabel("bits per byte of held-out text")
+    """What each size reaches for the same FLOPs, trained directly, and grown; at two totals."""
+    drawn = Figure(figsize=(13, 4.2), layout="constrained")
+    panels = [(tables.sizes(results), tables.grown_sizes(results), growth.SMALL, growth.TOTAL)]
+    panels.append(
+        (*(tables.million_sizes(results, grown) for grown in (False, True)), growth.SMALLER, growth.MILLION_TOTAL)
+    )
+    for ax, (from_scratch, grown, small, total) in zip(drawn.subplots(1, 2), panels, strict=True):
+        count = {size: records[0]["parameters"] for size, records in from_scratch.items()}
+        for found, color, words in ((from_scratch, "direct", "from scratch"), (grown, "grown", f"grown from {small}")):
+            losses = {count[size]: [record["bits"] for record in records] for size, records in found.items()}
+            x, means = list(losses), [statistics.fmean(each) for each in losses.values()]
+            ax.plot(x, means, "o-", color=COLORS[color], label=words)
+            low, high = ([limit(each) for each in losses.values()] for limit in (min, max))
+            ax.fill_between(x, low, high, color=COLORS[color], alpha=0.2, linewidth=0)
+        ax.set_xscale("log")
+        ax.set_xticks(list(count.values()), [f"{size}\n{each:,}" for size, each in count.items()], fontsize=8)
+        ax.minorticks_off()
+        ax.set_xlabel(f"layers x width, parameters; every run costs {tables.flops(total)} FLOPs, everything counted")
+        ax.set_ylabel("bits per byte of held-out text")
+        ax.legend(frameon=False)
+        ax.grid(alpha=0.3)
+        ax.spines[["top", "right"]].set_visible(False)
     return drawn
 
 
@@ -90,25 +91,6 @@ def curve_figure(results):
         band(ax, records, color, "-", name)
     ax.set_ylim(top=4.5)
     ax.set_xlabel("training FLOPs, the small model's before growth included (dotted)")
-    ax.set_ylabel("bits per byte of held-out text")
-    ax.legend(frameon=False)
-    return drawn
-
-
-def million_growth_figure(results):
-    """Final losses at the totals that were run, each with a schedule that ends there."""
-    drawn, ax = axes()
-    colors = {sophia.MILLION: COLORS["direct"], growth.MIDDLE: COLORS["grown"]}
-    for name, arm in list(growth.MILLION_ARMS.items())[: growth.SHORTENED]:
-        config, color, style = growth.million_arm(results.ask, *arm), colors[arm[0]], "-" if arm[1] else "--"
-        ends = {share: results.losses(config and growth.shortened(config, share)) for share in growth.SHARES}
-        ends = {share * growth.MILLION_TOTAL: losses for share, losses in ends.items() if losses}
-        if not ends:
-            continue
-        ax.plot(list(ends), [statistics.fmean(each) for each in ends.values()], f"o{style}", color=color, label=name)
-        low, high = ([limit(each) for each in ends.values()] for limit in (min, max))
-        ax.fill_between(list(ends), low, high, color=color, alpha=0.2, linewidth=0)
-    ax.set_xlabel("training FLOPs in all, the small model's before growth included")
     ax.set_ylabel("bits per byte of held-out text")
     ax.legend(frameon=False)
     return drawn
@@ -145,10 +127,4 @@ def band(ax, records, color, style, name=None):
     ax.fill_between(x, [min(e) for e in heights], [max(e) for e in heights], color=color, alpha=0.2, linewidth=0)
 
 
-FIGURES = {
-    "optimizers": optimizer_figure,
-    "sizes": growth_figure,
-    "curves": curve_figure,
-    "when": when_figure,
-    "million_growth": million_growth_figure,
-}
+FIGURES = {"optimizers": optimizer_figure, "sizes": growth_figure, "curves": curve_figure, "when": when_figure}

@@ -246,16 +246,17 @@ MILLION_ARMS = {
     "3x64 from scratch": ("3x64", False),
     f"{SMALLER} never grown": (SMALLER, False),
 }
-SHORTENED = 4  # the first of them
 
 
 def million_growth(ask: Ask, scale: float = 1.0) -> None:
     """Growing into a million parameters, and into a size between, against every size; and what shorter runs reach."""
-    arms = [million_arm(ask, *arm, scale) for arm in MILLION_ARMS.values()]
-    for share in reversed(SHARES[:-1]):
-        for arm in arms[:SHORTENED]:
-            if arm:
-                over_seeds(ask, shortened(arm, share))
+    large, grown, middle, *_ = (million_arm(ask, *arm, scale) for arm in MILLION_ARMS.values())
+    for share in SHARES[:-1] if grown else ():
+        over_seeds(ask, shortened(grown, share))
+    if large:
+        over_seeds(ask, shortened(large, SHARES[-2]))
+    if middle:  # its first two trials are alike, so on the other side of these, too
+        ask(changed(middle, lr=sophia.tuned(ask, "adamw", scale).config["stages"][-1]["lr"] / 2))
 
 
 def million_arm(ask: Ask, size: str, grown: bool, scale: float = 1.0) -> dict | None:

@@ -51,7 +51,7 @@ def cell(values, digits=3):
 
 
 def flops(total):
-    return f"{total:.0e}".replace("e+", "e")
+    return f"{total:.3g}".replace("e+", "e")
 
 
 def table(header, rows):
@@ -297,6 +297,14 @@ def size_curve_rows(results):
         yield size, f"{r['parameters']:,}", f"{r['steps']:,}", lr, cell([r["bits"] for r in records]), after
 
 
+def million_sizes(results, grown):
+    """size -> records of it at a million parameters' FLOPs, grown or from scratch, as `sizes` has them."""
+    arms = [arm for arm in growth.MILLION_ARMS.values() if arm[1] == grown]
+    found = {arm[0]: results.records(growth.million_arm(results.ask, *arm)) for arm in arms}
+    found = {size: records for size, records in found.items() if records}
+    return dict(sorted(found.items(), key=lambda item: item[1][0]["parameters"]))
+
+
 def reaches(losses, totals, target):
     """FLOPs at which a loss, falling in a line of log FLOPs between those measured, is at `target`.
 
@@ -358,21 +366,23 @@ def rule_rows(results):
 
 def million_growth_rows(results):
     arms = {name: growth.million_arm(results.ask, *arm) for name, arm in growth.MILLION_ARMS.items()}
-    shares = growth.SHARES
-    large, middle = (results.losses(arms[f"{size} from scratch"]) for size in (sophia.MILLION, growth.MIDDLE))
+    large = results.losses(arms[f"{sophia.MILLION} from scratch"])
     for name, config in arms.items():
         records = results.records(config)
         if records is None:
-            yield name, *[NONE] * 8
+            yield name, *[NONE] * 10
             continue
-        losses = [results.losses(growth.shortened(config, share)) for share in shares]
+        losses = [results.losses(growth.shortened(config, share)) for share in growth.SHARES]
+        lr, (*shorter, _) = f"{config['stages'][-1]['lr']:.2g}", losses
         yield (
             name,
-            f"{config['stages'][-1]['lr']:.2g}",
             f"{records[0]['parameters']:,}",
             f"{records[0]['steps']:,}",
-            *map(cell, losses),
-            *("" if losses[-1] == targets else saving(losses, shares, targets) for targets in (large, middle)),
+            lr,
+            *("" if each is None else cell(each) for each in shorter),
+            *(f"{each:.3f}" for each in losses[-1]),
+            cell(losses[-1]),
+            "" if None in losses else saving(losses, growth.SHARES, large),
         )
 
 
@@ -424,12 +434,16 @@ TABLES = {
     "rule": lambda r: table(("growth", "grown", "at steps", "of all FLOPs", "bits/byte"), rule_rows(r)),
     "million_growth": lambda r: table(
         (
-            "run",
-            "lr",
-            "parameters",
-            "steps",
-            *("at a third of the FLOPs", "at two thirds", f"at {growth.MILLION_TOTAL:.3g}".replace("e+", "e")),
-            *(f"saved, to {size} from scratch" for size in (sophia.MILLION, growth.MIDDLE)),
+            *(
+                "run",
+                "parameters",
+                "steps",
+                "lr",
+                "at a third of the FLOPs",
+                "at two thirds",
+                *[f"seed {i}" for i in SEEDS],
+            ),
+            *(f"at {flops(growth.MILLION_TOTAL)}", "saved"),
         ),
         million_growth_rows(r),
     ),
