@@ -4,7 +4,7 @@ import statistics
 
 from matplotlib.figure import Figure
 
-from benchmarks.evidence import growth, search, sophia, tables
+from benchmarks.evidence import gpu, growth, search, sophia, tables
 
 COLORS = {"direct": "#4c72b0", "grown": "#c44e52", "middle": "#8c8c8c", "never": "#55a868"}
 
@@ -18,19 +18,19 @@ def axes(width=7.0, height=4.2):
 
 
 def optimizer_figure(results):
-    """Seeds of each optimizer at its best setting, at three horizons; the bands are AdamW's ranges."""
+    """Seeds of each optimizer at its best setting, at two horizons and two sizes more; the bands are AdamW's ranges."""
     configs = {tables.NAMES[name]: at_horizons(results, name, name) for name in tables.NAMES}
     for row, title in tables.CONTENDERS.items():
         name, change = sophia.CONTENDERS[row]
         changed = [config and search.changed(config, **change) for config in configs[tables.NAMES[name]][:2]]
-        configs[title] = [*changed, at_horizons(results, name, row)[2]]
+        configs[title] = [*changed, *at_horizons(results, name, row)[2:]]
     losses = {title: [results.losses(config) for config in each] for title, each in configs.items()}
     shown = [title for title in losses if losses[title][0]]
     shown.sort(key=lambda title: -statistics.fmean(losses[title][0]))
-    drawn = Figure(figsize=(13, 4.4), layout="constrained")
+    drawn = Figure(figsize=(15, 4.4), layout="constrained")
     panels = [f"{sophia.SIZE}, {sophia.SHORT:,} steps", f"{sophia.SIZE}, {sophia.LONG:,} steps"]
-    panels.append(f"{sophia.MILLION}, {sophia.MILLION_STEPS:,} steps")
-    for i, (ax, words) in enumerate(zip(drawn.subplots(1, 3, sharey=True), panels, strict=True)):
+    panels += [f"{sophia.MILLION}, {sophia.MILLION_STEPS:,} steps", f"{gpu.LARGE}, {gpu.STEPS:,} steps"]
+    for i, (ax, words) in enumerate(zip(drawn.subplots(1, len(panels), sharey=True), panels, strict=True)):
         for y, title in enumerate(shown):
             if (seeds := losses[title][i]) is None:
                 continue
@@ -47,10 +47,12 @@ def optimizer_figure(results):
 
 
 def at_horizons(results, name, row):
-    """Configs, or None, of the short and the long horizon, and of the model of a million parameters."""
+    """Configs, or None, of the short and the long horizon, and of the models of one and of 31.8 million parameters."""
     short = sophia.tuned(results.ask, name)
     million = sophia.at_million(results.ask, row) if row in sophia.CONTENDERS else None
-    return [short and short.config, sophia.at_horizon(results.ask, name, sophia.LONG), million and million.config]
+    largest = gpu.tuned(results.ask, row) if row in gpu.CONTENDERS else None
+    larger = [each and each.config for each in (million, largest)]
+    return [short and short.config, sophia.at_horizon(results.ask, name, sophia.LONG), *larger]
 
 
 def growth_figure(results):
