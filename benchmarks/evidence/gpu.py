@@ -40,12 +40,10 @@ def tuned(ask: Ask, name: str, scale: float = 1.0) -> Found | None:
 
 
 def thirty_growth(ask: Ask, scale: float = 1.0) -> None:
-    """Growth into them and into half their size, at the FLOPs of AdamW's run from scratch, and at half of those."""
-    for arm, best in growth_arms(ask, scale).items():
+    """Growth into them and into half their size, at the FLOPs of AdamW's run from scratch."""
+    for best in growth_arms(ask, scale).values():
         if best:
             over_seeds(ask, best)
-            if "grown" in arm:
-                over_seeds(ask, changed(best, flops=TOTAL / 2 * scale))
 
 
 def growth_arms(ask: Ask, scale: float = 1.0) -> dict[str, dict | None]:

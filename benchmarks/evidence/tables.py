@@ -206,7 +206,6 @@ def thirty_growth_rows(results):
             continue
         (first,) = results.records(config, SEEDS[:1])
         after = f"{first['start_bits']:.3f}" if "start_bits" in first else ""
-        half = results.losses(search.changed(config, flops=gpu.TOTAL / 2)) if "grown" in name else None
         yield (
             name,
             f"{config['stages'][-1]['lr']:.2g}",
@@ -215,7 +214,6 @@ def thirty_growth_rows(results):
             after,
             *by_seed(results, config),
             cell_of(results, config),
-            cell(half) if half else "",
         )
 
 
@@ -413,7 +411,7 @@ TABLES = {
         ("optimizer", "best", *[f"seed {i}" for i in SEEDS], "bits/byte", "trials on seed 0"), thirty_rows(r)
     ),
     "thirty_growth": lambda r: table(
-        (*ARM[:2], "parameters", "steps", ARM[2], *[f"seed {i}" for i in SEEDS], ARM[4], "at half of the FLOPs"),
+        (*ARM[:2], "parameters", "steps", ARM[2], *[f"seed {i}" for i in SEEDS], ARM[4]),
         thirty_growth_rows(r),
     ),
     "growth": lambda r: table(ARM, arm_rows(r, growth_arms(r))),
