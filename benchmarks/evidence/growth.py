@@ -234,7 +234,7 @@ def by_rule(best: dict, scale: float = 1.0) -> dict:
 
 # --- a million parameters ---------------------------------------------------------------------------------------------
 
-SMALLER, MIDDLE = "2x64", "3x96"
+SMALLER, BELOW, MIDDLE = "2x64", "3x64", "3x96"
 MILLION_TOTAL = 9.74e12  # what the steps of `sophia.million` cost
 SHARES = (1 / 3, 2 / 3, 1)  # of it; runs with a schedule of their own
 # run: (its size at the end, whether it is grown into that)
@@ -243,24 +243,34 @@ MILLION_ARMS = {
     f"{SMALLER} grown into {sophia.MILLION}": (sophia.MILLION, True),
     f"{MIDDLE} from scratch": (MIDDLE, False),
     f"{SMALLER} grown into {MIDDLE}": (MIDDLE, True),
-    "3x64 from scratch": ("3x64", False),
+    f"{BELOW} from scratch": (BELOW, False),
+    f"{SMALLER} grown into {BELOW}": (BELOW, True),
     f"{SMALLER} never grown": (SMALLER, False),
 }
 
 
 def million_growth(ask: Ask, scale: float = 1.0) -> None:
     """Growing into a million parameters, and into a size between, against every size; and what shorter runs reach."""
-    large, grown, middle, *_ = (million_arm(ask, *arm, scale) for arm in MILLION_ARMS.values())
-    for share in SHARES[:-1] if grown else ():
-        over_seeds(ask, shortened(grown, share))
-    if large:
+    arms = {arm: million_arm(ask, *arm, scale) for arm in MILLION_ARMS.values()}
+    if grown := arms[sophia.MILLION, True]:
+        for share in SHARES[:-1]:
+            over_seeds(ask, shortened(grown, share))
+    if large := arms[sophia.MILLION, False]:
         over_seeds(ask, shortened(large, SHARES[-2]))
-    if middle:  # its first two trials are alike, so on the other side of these, too
+    if middle := arms[MIDDLE, False]:  # its first two trials are alike, so on the other side of these, too
         ask(changed(middle, lr=sophia.tuned(ask, "adamw", scale).config["stages"][-1]["lr"] / 2))
+    if into_below := arms[BELOW, True]:
+        over_seeds(ask, into_below)
 
 
 def million_arm(ask: Ask, size: str, grown: bool, scale: float = 1.0) -> dict | None:
-    """Everything but the rates is AdamW's of `sophia.million`; these are searched for as there."""
+    """Everything but the rates is AdamW's of `sophia.million`; these are searched for as there.
+
+    Growing into BELOW is untuned: the learning rate is that of growing into MIDDLE.
+    """
+    if grown and size == BELOW:
+        best = million_arm(ask, MIDDLE, True, scale)
+        return best and changed(best, size=size)
     scratch = sophia.at_million(ask, "adamw", scale)
     if scratch is None or (size == sophia.MILLION and not grown):
         return scratch and scratch.config
