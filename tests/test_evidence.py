@@ -205,11 +205,12 @@ def test_a_packed_study_is_read_back_and_reported(tmp_path):
 
 
 def test_where_nothing_was_run_the_tables_say_so(tmp_path):
-    from benchmarks.evidence import tables
+    from benchmarks.evidence import report
+    from benchmarks.evidence.results import NONE
 
-    results = tables.Results(tmp_path)
+    results = report.Results(tmp_path)
     for name in ("optimizers", "million", "growth", "starts", "restarts", "both", "rule", "million_growth", "vit"):
-        assert tables.NONE in "".join(tables.TABLES[name](results))
+        assert NONE in "".join(report.TABLES[name](results))
 
 
 def test_a_stage_ends_where_its_training_loss_falls_less():

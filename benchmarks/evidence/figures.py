@@ -4,7 +4,8 @@ import statistics
 
 from matplotlib.figure import Figure
 
-from benchmarks.evidence import gpu, growth, search, sophia, tables
+from benchmarks.evidence import gpu, growth, growth_tables, search, sophia, sophia_tables
+from benchmarks.evidence.results import flops
 
 COLORS = {"direct": "#4c72b0", "grown": "#c44e52", "middle": "#8c8c8c", "never": "#55a868"}
 
@@ -19,10 +20,10 @@ def axes(width=7.0, height=4.2):
 
 def optimizer_figure(results):
     """Seeds of each optimizer at its best setting, at two horizons and two sizes more; the bands are AdamW's ranges."""
-    configs = {tables.NAMES[name]: at_horizons(results, name, name) for name in tables.NAMES}
-    for row, title in tables.CONTENDERS.items():
+    configs = {sophia_tables.NAMES[name]: at_horizons(results, name, name) for name in sophia_tables.NAMES}
+    for row, title in sophia_tables.CONTENDERS.items():
         name, change = sophia.CONTENDERS[row]
-        changed = [config and search.changed(config, **change) for config in configs[tables.NAMES[name]][:2]]
+        changed = [config and search.changed(config, **change) for config in configs[sophia_tables.NAMES[name]][:2]]
         configs[title] = [*changed, *at_horizons(results, name, row)[2:]]
     losses = {title: [results.losses(config) for config in each] for title, each in configs.items()}
     shown = [title for title in losses if losses[title][0]]
@@ -58,9 +59,13 @@ def at_horizons(results, name, row):
 def growth_figure(results):
     """What each size reaches for the same FLOPs, trained directly, and grown; at two totals."""
     drawn = Figure(figsize=(13, 4.2), layout="constrained")
-    panels = [(tables.sizes(results), tables.grown_sizes(results), growth.SMALL, growth.TOTAL)]
+    panels = [(growth_tables.sizes(results), growth_tables.grown_sizes(results), growth.SMALL, growth.TOTAL)]
     panels.append(
-        (*(tables.million_sizes(results, grown) for grown in (False, True)), growth.SMALLER, growth.MILLION_TOTAL)
+        (
+            *(growth_tables.million_sizes(results, grown) for grown in (False, True)),
+            growth.SMALLER,
+            growth.MILLION_TOTAL,
+        )
     )
     for ax, (from_scratch, grown, small, total) in zip(drawn.subplots(1, 2), panels, strict=True):
         count = {size: records[0]["parameters"] for size, records in from_scratch.items()}
@@ -73,7 +78,7 @@ def growth_figure(results):
         ax.set_xscale("log")
         ax.set_xticks(list(count.values()), [f"{size}\n{each:,}" for size, each in count.items()], fontsize=8)
         ax.minorticks_off()
-        ax.set_xlabel(f"layers x width, parameters; every run costs {tables.flops(total)} FLOPs, everything counted")
+        ax.set_xlabel(f"layers x width, parameters; every run costs {flops(total)} FLOPs, everything counted")
         ax.set_ylabel("bits per byte of held-out text")
         ax.legend(frameon=False)
         ax.grid(alpha=0.3)

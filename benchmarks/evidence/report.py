@@ -7,8 +7,11 @@ import argparse
 import re
 from pathlib import Path
 
+from benchmarks.evidence import growth_tables, sophia_tables
 from benchmarks.evidence.figures import FIGURES
-from benchmarks.evidence.tables import TABLES, Results
+from benchmarks.evidence.results import Results
+
+TABLES = sophia_tables.TABLES | growth_tables.TABLES
 
 
 def filled(page, results):
