@@ -6,8 +6,6 @@ from benchmarks.evidence import gpu, growth, search, sophia
 from benchmarks.evidence.results import NONE, SEEDS, by_seed, cell, cell_of, flops, table
 
 ARM = ("run", "lr", "right after growth", "operator's FLOPs", "bits/byte")
-
-
 AT = [f"at {flops(total)} FLOPs" for total in growth.TOTALS]
 
 

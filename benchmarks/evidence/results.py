@@ -7,8 +7,6 @@ from benchmarks.evidence import search
 from benchmarks.evidence.store import Store
 
 SEEDS = (0, 1, 2)
-
-
 NONE = "not measured"
 
 
