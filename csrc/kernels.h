@@ -34,6 +34,4 @@ struct Gather {
 
 void launch_gather(const Gather& gather, const GatherPlan& plan, cudaStream_t stream);
 
-// x: [n, k, m] with these strides in elements; the strides are not read where the plan's width is not 1.
-
 }  // namespace growkit

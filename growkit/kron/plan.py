@@ -74,7 +74,7 @@ def best_order(L1, L2, B, A):
 
 
 # An intermediate is made and used in panels of at most so many bytes. That bounds memory; panels that stay in an H200's
-# cache make products so narrow that 5 to 60 % of the time is lost (benchmarks/NOTES.md).
+# cache make products so narrow that they take 8 to 62 % longer (benchmarks/NOTES.md).
 PANEL_BYTES = 256 << 20
 # The same for growth into tensors that exist, which gathers blocks of so many bytes before it mixes them in one launch.
 PENDING_BYTES = 64 << 20

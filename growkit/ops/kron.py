@@ -103,8 +103,7 @@ def kron_expand_into(parts):
 
     With `growkit._C`, CUDA tensors and float32, bfloat16 or float16, the depth mix, the scales, the cast and the write
     are one launch for as many parts as fit in `plan.PENDING_BYTES` of widened blocks, and the top of [I; C] is read
-    from W. Memory beside W: those blocks, one panel of the first step, as large, and what follows from it; so
-    "highest" runs on CUDA cores here.
+    from W. Memory beside W: those blocks, one panel of the first step, as large, and what follows from it.
     """
     checked = (_into_part(**part) for part in parts)
     with torch.no_grad():
