@@ -70,9 +70,14 @@ class Buckets:
         return buckets
 
     def _forget(self):
-        """What clears all that is kept, without keeping this."""
-        clear = weakref.WeakMethod(self.clear)
-        return lambda _: (clear() or int)()
+        """What clears all that is kept when a weak reference dies, without keeping this."""
+        mine = weakref.ref(self)
+
+        def forget(_):
+            if (buckets := mine()) is not None:
+                buckets.clear()
+
+        return forget
 
     def _sort(self, first, group, grads, own):
         buckets = defaultdict(lambda: defaultdict(list))
