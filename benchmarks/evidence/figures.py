@@ -10,12 +10,14 @@ from benchmarks.evidence.results import flops
 COLORS = {"direct": "#4c72b0", "grown": "#c44e52", "middle": "#8c8c8c", "never": "#55a868"}
 
 
-def axes(width=7.0, height=4.2):
+def axes(count, width, height, **options):
+    """(a figure, its `count` panels side by side)"""
     drawn = Figure(figsize=(width, height), layout="constrained")
-    ax = drawn.subplots()
-    ax.grid(alpha=0.3)
-    ax.spines[["top", "right"]].set_visible(False)
-    return drawn, ax
+    (panels,) = drawn.subplots(1, count, squeeze=False, **options)
+    for ax in panels:
+        ax.grid(alpha=0.3)
+        ax.spines[["top", "right"]].set_visible(False)
+    return drawn, panels
 
 
 def optimizer_figure(results):
@@ -28,10 +30,10 @@ def optimizer_figure(results):
     losses = {title: [results.losses(config) for config in each] for title, each in configs.items()}
     shown = [title for title in losses if losses[title][0]]
     shown.sort(key=lambda title: -statistics.fmean(losses[title][0]))
-    drawn = Figure(figsize=(15, 4.4), layout="constrained")
-    panels = [f"{sophia.SIZE}, {sophia.SHORT:,} steps", f"{sophia.SIZE}, {sophia.LONG:,} steps"]
-    panels += [f"{sophia.MILLION}, {sophia.MILLION_STEPS:,} steps", f"{gpu.LARGE}, {gpu.STEPS:,} steps"]
-    for i, (ax, words) in enumerate(zip(drawn.subplots(1, len(panels), sharey=True), panels, strict=True)):
+    words = [f"{sophia.SIZE}, {sophia.SHORT:,} steps", f"{sophia.SIZE}, {sophia.LONG:,} steps"]
+    words += [f"{sophia.MILLION}, {sophia.MILLION_STEPS:,} steps", f"{gpu.LARGE}, {gpu.STEPS:,} steps"]
+    drawn, panels = axes(len(words), 15, 4.4, sharey=True)
+    for i, (ax, run) in enumerate(zip(panels, words, strict=True)):
         for y, title in enumerate(shown):
             if (seeds := losses[title][i]) is None:
                 continue
@@ -41,9 +43,7 @@ def optimizer_figure(results):
             if title == "AdamW":
                 ax.axvspan(min(seeds), max(seeds), color=color, alpha=0.15, linewidth=0)
         ax.set_yticks(range(len(shown)), shown)
-        ax.set_xlabel(f"bits per byte, {words}")
-        ax.grid(alpha=0.3)
-        ax.spines[["top", "right"]].set_visible(False)
+        ax.set_xlabel(f"bits per byte, {run}")
     return drawn
 
 
@@ -58,16 +58,13 @@ def at_horizons(results, name, row):
 
 def growth_figure(results):
     """What each size reaches for the same FLOPs, trained directly, and grown; at two totals."""
-    drawn = Figure(figsize=(13, 4.2), layout="constrained")
-    panels = [(growth_tables.sizes(results), growth_tables.grown_sizes(results), growth.SMALL, growth.TOTAL)]
-    panels.append(
-        (
-            *(growth_tables.million_sizes(results, grown) for grown in (False, True)),
-            growth.SMALLER,
-            growth.MILLION_TOTAL,
-        )
-    )
-    for ax, (from_scratch, grown, small, total) in zip(drawn.subplots(1, 2), panels, strict=True):
+    million = [growth_tables.million_sizes(results, grown) for grown in (False, True)]
+    budgets = [
+        (growth_tables.sizes(results), growth_tables.grown_sizes(results), growth.SMALL, growth.TOTAL),
+        (*million, growth.SMALLER, growth.MILLION_TOTAL),
+    ]
+    drawn, panels = axes(len(budgets), 13, 4.2)
+    for ax, (from_scratch, grown, small, total) in zip(panels, budgets, strict=True):
         count = {size: records[0]["parameters"] for size, records in from_scratch.items()}
         for found, color, words in ((from_scratch, "direct", "from scratch"), (grown, "grown", f"grown from {small}")):
             losses = {count[size]: [record["bits"] for record in records] for size, records in found.items()}
@@ -81,14 +78,12 @@ def growth_figure(results):
         ax.set_xlabel(f"layers x width, parameters; every run costs {flops(total)} FLOPs, everything counted")
         ax.set_ylabel("bits per byte of held-out text")
         ax.legend(frameon=False)
-        ax.grid(alpha=0.3)
-        ax.spines[["top", "right"]].set_visible(False)
     return drawn
 
 
 def curve_figure(results):
     """Loss on the way, on a part of the held-out text, against all FLOPs spent."""
-    drawn, ax = axes()
+    drawn, (ax,) = axes(1, 7.0, 4.2)
     for (name, config), color in zip(growth.growth_arms(results.ask).items(), COLORS.values(), strict=True):
         records = results.records(config)
         if records is None:
@@ -106,8 +101,8 @@ def curve_figure(results):
 def when_figure(results):
     """Final loss by the point of growth, on held-out seeds, and by the rule."""
     cases = growth.rule_cases(results.ask)
-    drawn = Figure(figsize=(12, 3.6), layout="constrained")
-    for ax, (case, best) in zip(drawn.subplots(1, len(cases)), cases.items(), strict=True):
+    drawn, panels = axes(len(cases), 12, 3.6)
+    for ax, (case, best) in zip(panels, cases.items(), strict=True):
         fixed = [results.records(best and growth.grown_at(best, steps), growth.HELD_OUT) for steps in growth.POINTS]
         at_points = {records[0]["small_flops"]: [r["bits"] for r in records] for records in fixed if records}
         if at_points:
@@ -119,8 +114,6 @@ def when_figure(results):
             ax.plot(100 * r["small_flops"] / best["stages"][-1]["flops"], r["bits"], "D", color=COLORS["grown"])
         ax.set_title(case, fontsize=10)
         ax.set_xlabel("grown after this share of all FLOPs, %")
-        ax.grid(alpha=0.3)
-        ax.spines[["top", "right"]].set_visible(False)
     drawn.axes[0].plot([], [], "D", color=COLORS["grown"], label="by the rule")
     drawn.axes[0].legend(frameon=False)
     drawn.axes[0].set_ylabel("bits per byte of held-out text")

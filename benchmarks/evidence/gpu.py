@@ -1,6 +1,6 @@
 """The studies of docs/results/gpu.md, as those of `sophia` and `growth`, on models of up to 31.8 million parameters."""
 
-from benchmarks.evidence import search
+from benchmarks.evidence import search, sophia
 from benchmarks.evidence.search import Ask, Found, changed, over_seeds, two_rates
 
 DEVICE = "cuda"
@@ -16,7 +16,6 @@ CONTENDERS = {
     "lion": ({"lr": 1.25e-4, "beta1": 0.8, "beta2": 0.9}, {"beta2": (0.95,)}),
     "mixed": ({"lr": 1.25e-4, "beta1": 0.8, "rho": 0.05, "other_lr": 5e-4}, {"beta1": (0.9,)}),
 }
-WITHOUT_H = {"rho": 1e-9}  # every element is clipped
 
 
 def config(*stages: dict) -> dict:
@@ -28,7 +27,7 @@ def thirty(ask: Ask, scale: float = 1.0) -> None:
     for name in CONTENDERS:
         tuned(ask, name, scale)
     if found := tuned(ask, "sophiag", scale):
-        over_seeds(ask, changed(found.config, **WITHOUT_H))
+        over_seeds(ask, changed(found.config, **sophia.WITHOUT_H))
 
 
 def tuned(ask: Ask, name: str, scale: float = 1.0) -> Found | None:

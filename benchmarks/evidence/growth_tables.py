@@ -3,9 +3,10 @@
 import statistics
 
 from benchmarks.evidence import gpu, growth, search, sophia
-from benchmarks.evidence.results import NONE, SEEDS, by_seed, cell, cell_of, flops, table
+from benchmarks.evidence.results import NONE, SEEDS, by_seed, cell, flops, table
 
 ARM = ("run", "lr", "right after growth", "operator's FLOPs", "bits/byte")
+MILLION_AT = ("at a third of the FLOPs", "at two thirds", f"at {flops(growth.MILLION_TOTAL)}")
 AT = [f"at {flops(total)} FLOPs" for total in growth.TOTALS]
 
 
@@ -68,15 +69,20 @@ def reaches(losses, totals, target):
     return None
 
 
+def by_parameters(results, configs):
+    """size -> its records, of those that were run."""
+    found = {size: results.records(config) for size, config in configs.items()}
+    found = {size: records for size, records in found.items() if records}
+    return dict(sorted(found.items(), key=lambda item: item[1][0]["parameters"]))
+
+
 def sizes(results):
     """size -> records of it trained directly, in the order of parameters; those that were run."""
     arms = growth.growth_arms(results.ask)
     configs = {size: growth.other_size(results.ask, size) for size in growth.OTHER_SIZES}
     configs[growth.SMALL] = arms[f"{growth.SMALL} never grown"]
     configs |= {size: arms[f"{size} from scratch"] for size in (growth.BETWEEN, growth.LARGE)}
-    found = {size: results.records(config) for size, config in configs.items()}
-    found = {size: records for size, records in found.items() if records}
-    return dict(sorted(found.items(), key=lambda item: item[1][0]["parameters"]))
+    return by_parameters(results, configs)
 
 
 def grown_sizes(results):
@@ -84,9 +90,7 @@ def grown_sizes(results):
     into = growth.into_between(results.ask)
     configs = {size: into and search.changed(into, size=size) for size in growth.OTHER_SIZES} | {growth.BETWEEN: into}
     configs[growth.LARGE] = growth.growth_arms(results.ask)[f"{growth.SMALL} grown into {growth.LARGE}"]
-    found = {size: results.records(config) for size, config in configs.items()}
-    found = {size: records for size, records in found.items() if records}
-    return dict(sorted(found.items(), key=lambda item: item[1][0]["parameters"]))
+    return by_parameters(results, configs)
 
 
 def size_curve_rows(results):
@@ -159,8 +163,7 @@ def million_growth_rows(results):
             f"{records[0]['steps']:,}",
             lr,
             *("" if each is None else cell(each) for each in shorter),
-            *(f"{each:.3f}" for each in losses[-1]),
-            cell(losses[-1]),
+            *by_seed(results, config),
             "" if None in losses else saving(losses, growth.SHARES, large),
         )
 
@@ -168,9 +171,7 @@ def million_growth_rows(results):
 def million_sizes(results, grown):
     """size -> records of it at a million parameters' FLOPs, grown or from scratch, as `sizes` has them."""
     arms = [arm for arm in growth.MILLION_ARMS.values() if arm[1] == grown]
-    found = {arm[0]: results.records(growth.million_arm(results.ask, *arm)) for arm in arms}
-    found = {size: records for size, records in found.items() if records}
-    return dict(sorted(found.items(), key=lambda item: item[1][0]["parameters"]))
+    return by_parameters(results, {arm[0]: growth.million_arm(results.ask, *arm) for arm in arms})
 
 
 def thirty_growth_rows(results):
@@ -187,7 +188,6 @@ def thirty_growth_rows(results):
             f"{first['steps'] - first.get('small_steps', 0):,}",
             after,
             *by_seed(results, config),
-            cell_of(results, config),
         )
 
 
@@ -225,18 +225,7 @@ TABLES = {
     ),
     "rule": lambda r: table(("growth", "grown", "at steps", "of all FLOPs", "bits/byte"), rule_rows(r)),
     "million_growth": lambda r: table(
-        (
-            *(
-                "run",
-                "parameters",
-                "steps",
-                "lr",
-                "at a third of the FLOPs",
-                "at two thirds",
-                *[f"seed {i}" for i in SEEDS],
-            ),
-            *(f"at {flops(growth.MILLION_TOTAL)}", "saved"),
-        ),
+        ("run", "parameters", "steps", "lr", *MILLION_AT[:-1], *[f"seed {i}" for i in SEEDS], MILLION_AT[-1], "saved"),
         million_growth_rows(r),
     ),
     "vit": lambda r: table(("run", "lr", "bits/label", "error, %"), vit_rows(r)),

@@ -40,13 +40,9 @@ def cell(values, digits=3):
 
 
 def by_seed(results, config):
-    found = (results.losses(config, [seed]) for seed in SEEDS)
-    return [f"{each[0]:.3f}" if each else NONE for each in found]
-
-
-def cell_of(results, config):
-    """Mean and range of the seeds that were run."""
-    return cell([each[0] for each in (results.losses(config, [seed]) for seed in SEEDS) if each])
+    """A cell for each seed, then mean and range of those that were run, of which there is one."""
+    found = [results.losses(config, [seed]) for seed in SEEDS]
+    return [*(f"{each[0]:.3f}" if each else NONE for each in found), cell([each[0] for each in found if each])]
 
 
 def flops(total):

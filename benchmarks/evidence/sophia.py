@@ -61,13 +61,14 @@ def at_horizon(ask: Ask, name: str, steps: int, scale: float = 1.0) -> dict | No
 
 
 EMBEDDINGS = "embeddings, norms, biases at twice the lr"
+WITHOUT_H = {"rho": 1e-9}  # every element is clipped
+COSINES = {"cosine to 0": {"cosine": 0.0}, "cosine to a tenth": {"cosine": 0.1}}
 SHAPES = {
     "warm-up 120": {"warmup": 120},
     "decay over the last 20 %": {"decay": 0.2},
     "decay over the last 60 %": {"decay": 0.6},
     "linear decay": {"decay": 1.0},
-    "cosine to 0": {"cosine": 0.0},
-    "cosine to a tenth": {"cosine": 0.1},
+    **COSINES,
 }
 
 
@@ -78,10 +79,10 @@ def cosine_at(lr: float, *times: float) -> dict[str, dict]:
 
 # name: what changes in the tuned setting
 DETAILS = {
-    "mixed": {"no curvature": {"rho": 1e-9}},
+    "mixed": {"no curvature": WITHOUT_H},
     "adamw": {EMBEDDINGS: {"other_lr": 4e-3}, **SHAPES, **cosine_at(2e-3, 1.4, 2, 2.8)},
     "sophiag": {
-        "no curvature": {"rho": 1e-9},
+        "no curvature": WITHOUT_H,
         "h corrected": {"optimizer": "corrected"},
         "50 refreshes at first": {"optimizer": "early"},
         "official values": {"lr": 6e-4, "beta1": 0.965, "rho": 0.05, "weight_decay": 0.2},
@@ -89,21 +90,20 @@ DETAILS = {
         **SHAPES,
         **cosine_at(1e-3, 0.7, 1.4, 2),
     },
-    "nesterov": {"no curvature": {"rho": 1e-9}},
+    "nesterov": {"no curvature": WITHOUT_H},
 }
 LONG_DETAILS = {
     "mixed": {
-        "no curvature": {"rho": 1e-9},
+        "no curvature": WITHOUT_H,
         "beta1 0.9": {"beta1": 0.9},
         "decay over the last 20 %": {"decay": 0.2},
     },
-    "nesterov": {"no curvature": {"rho": 1e-9}},
+    "nesterov": {"no curvature": WITHOUT_H},
     "sophiag": {
-        "no curvature": {"rho": 1e-9},
+        "no curvature": WITHOUT_H,
         "decay over the last 20 %": {"decay": 0.2},
         "decay over the last 60 %": {"decay": 0.6},
-        "cosine to 0": {"cosine": 0.0},
-        "cosine to a tenth": {"cosine": 0.1},
+        **COSINES,
         **cosine_at(1e-3, 0.7, 1.4, 2),
     },
     "adamw": {
@@ -112,8 +112,7 @@ LONG_DETAILS = {
         "beta1 0.9": {"beta1": 0.9},
         "decay over the last 20 %": {"decay": 0.2},
         "decay over the last 60 %": {"decay": 0.6},
-        "cosine to 0": {"cosine": 0.0},
-        "cosine to a tenth": {"cosine": 0.1},
+        **COSINES,
         **cosine_at(2e-3, 1.4, 2, 2.8),
     },
 }
@@ -157,7 +156,7 @@ MILLION, MILLION_STEPS, SHORTER = "5x128", 3000, 2000
 CONTENDERS = {
     "adamw": ("adamw", {}),
     "mixed": ("mixed", {}),
-    "mixed, no curvature": ("mixed", {"rho": 1e-9}),
+    "mixed, no curvature": ("mixed", WITHOUT_H),
     "adamw, embeddings": ("adamw", {"other_lr": 4e-3}),
     "sophiag": ("sophiag", {}),
     "lion": ("lion", {}),
@@ -180,6 +179,7 @@ def shorter(config: dict, scale: float = 1.0) -> dict:
 
 
 def at_million(ask: Ask, row: str, scale: float = 1.0) -> Found | None:
+    """The tuned setting of a row at a million parameters, its rates searched for anew."""
     name, change = CONTENDERS[row]
     found = tuned(ask, name, scale)
     if found is None:

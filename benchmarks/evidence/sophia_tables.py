@@ -5,7 +5,7 @@ import math
 import statistics
 
 from benchmarks.evidence import gpu, search, sophia
-from benchmarks.evidence.results import NONE, SEEDS, by_seed, cell, cell_of, setting, table
+from benchmarks.evidence.results import NONE, SEEDS, by_seed, cell, setting, table
 
 NAMES = {
     "adamw": "AdamW",
@@ -17,8 +17,6 @@ NAMES = {
     "nesterov": "SophiaG, Nesterov momentum",
     "mixed": "SophiaG, AdamW for embeddings, norms, biases",
 }
-
-
 CONTENDERS = {
     "mixed, no curvature": "sign of the momentum, AdamW for embeddings, norms, biases",
     "adamw, embeddings": f"AdamW, {sophia.EMBEDDINGS}",
@@ -116,10 +114,8 @@ def million_rows(results):
             yield title, *[NONE] * 7
             continue
         trials = ", ".join(f"{setting(config, ('lr',))}: {bits:.3f}" for bits, config in found.trials)
-        shown = by_seed(results, found.config)
-        all_seeds = results.losses(found.config)
-        rates = setting(found.config, ("lr", "other_lr"))
-        yield title, rates, trials, *shown, cell(all_seeds), gain(adamw, all_seeds, by)
+        rates, losses = setting(found.config, ("lr", "other_lr")), results.losses(found.config)
+        yield title, rates, trials, *by_seed(results, found.config), gain(adamw, losses, by)
 
 
 def thirty_rows(results):
@@ -127,16 +123,10 @@ def thirty_rows(results):
     for name in gpu.CONTENDERS:
         if found := gpu.tuned(results.ask, name):
             tried = "; ".join(f"{setting(each)}: {bits:.3f}" for bits, each in found.trials)
-            yield (
-                NAMES[name],
-                setting(found.config),
-                *by_seed(results, found.config),
-                cell_of(results, found.config),
-                tried,
-            )
-            without = search.changed(found.config, **gpu.WITHOUT_H)
+            yield NAMES[name], setting(found.config), *by_seed(results, found.config), tried
+            without = search.changed(found.config, **sophia.WITHOUT_H)
             if name == "sophiag" and results.records(without):
-                yield f"{NAMES[name]}, no curvature", "", *by_seed(results, without), cell_of(results, without), ""
+                yield f"{NAMES[name]}, no curvature", "", *by_seed(results, without), ""
 
 
 TABLES = {
