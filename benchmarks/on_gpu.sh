@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # All that needs a GPU, in under 9 minutes, with no network, the most valuable part first.
 #   benchmarks/on_gpu.sh [--dry-run] [FOLDER [PART ...]]
-# FOLDER (default benchmarks/results/<hardware>) gets at most 8 files. PART: those to run (default all but tune and evidence). Each has
-# a limit of time and writes as it goes, so one that is cut short keeps what it has. Exit code 1 if a part failed or was
-# cut short. PYTHON= picks the interpreter: it needs torch with CUDA, triton, transformers, pytest, pytest-benchmark, and
-# for the extension nvcc, ninja, pybind11, setuptools.
+# FOLDER (default benchmarks/results/<hardware>) gets at most 8 files. PART: those to run (default all but tune and
+# evidence). Each has a limit of time and writes as it goes, so one that is cut short keeps what it has. Exit code 1 if a
+# part failed or was cut short. PYTHON= picks the interpreter: it needs torch with CUDA, triton, transformers, pytest,
+# pytest-benchmark, and for the extension nvcc, ninja, pybind11, setuptools.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
@@ -74,7 +74,7 @@ evidence() {
     data=$(mktemp -d)
     cp docs/results/data/*.json "$data"
     for i in 1 2 3; do # side by side: what one does on the CPU hides behind another's kernels
-        "$python" -m benchmarks.evidence thirty thirty_growth --out "$data" --seconds "${EVIDENCE_SECONDS:-150}" &
+        "$python" -m benchmarks.evidence thirty thirty_growth --out "$data" --seconds 150 &
     done
     wait
     cp "$data"/thirty*.json "$folder"
